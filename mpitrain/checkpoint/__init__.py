@@ -1,0 +1,1 @@
+"""What a run resumes from: whole or absent."""

@@ -1,0 +1,119 @@
+"""Find, verify and read checkpoints, on any mesh: every byte is hashed before any of it is used."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import h5py
+import torch
+
+from mpitrain.checkpoint.manifest import Manifest, committed, file_hash, read_manifest
+from mpitrain.errors import CheckpointError
+from mpitrain.comm.buckets import StateSlice
+from mpitrain.runtime.agree import Comm, share, together
+
+
+def find_checkpoint(place: Path, *, best: bool = True) -> Path:
+    """The checkpoint that `place` means: itself, or a run directory's best (if wanted), else its newest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (place / "manifest.json").is_file():
+        return place
+    found = committed(place / "checkpoints") or committed(place)
+    if not found:
+        raise CheckpointError(f"{place}: no complete checkpoint; give a run directory or one checkpoint (step-NNNNNNNN)")
+    best_step = read_manifest(found[0]).progress.best_step if best else -1
+    return next((path for path in found if path.name == f"step-{best_step:08d}"), found[0])
+
+
+def verify(comm: Comm, directory: Path) -> Manifest:
+    """The manifest, after all files were found whole; ranks share the hashing (collective).
+
+    Raises:
+        CheckpointError: on all ranks, with file, expected and actual hash.
+    """
+    document = None
+    with together(comm, f"reading {directory}"):
+        if comm.rank == 0:
+            document = read_manifest(directory).model_dump_json()
+    manifest = Manifest.model_validate_json(share(comm, document))
+    with together(comm, f"verifying {directory}"):
+        for name in sorted(manifest.files)[comm.rank :: comm.size]:
+            _verify_file(directory / name, manifest.files[name].sha256)
+    return manifest
+
+
+def _verify_file(path: Path, expected: str) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path}: is listed in the manifest, but is not there as a regular file")
+    actual = file_hash(path)
+    if actual != expected:
+        raise CheckpointError(f"{path}: is damaged: sha256 is {actual}, the manifest says {expected}")
+
+
+def newest_usable(comm: Comm, checkpoints: Path, warn: list[str]) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint that is whole, or None if there never was one (collective).
+
+    Args:
+        warn: gets a line for every damaged checkpoint that was passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints, but all are damaged.
+    """
+    names = share(comm, [str(path) for path in committed(checkpoints)])
+    for name in names:
+        try:
+            return Path(name), verify(comm, Path(name))
+        except CheckpointError as error:
+            warn.append(f"{error}; falling back to the checkpoint before it")
+    if names:
+        raise CheckpointError("all checkpoints are damaged:\n  " + "\n  ".join(warn))
+    return None
+
+
+def fill(comm: Comm, directory: Path, manifest: Manifest, slices: Iterable[StateSlice]) -> None:
+    """Read the ranges that this rank needs from whichever files hold them (collective).
+
+    Raises:
+        CheckpointError: a tensor is missing, incomplete or of another shape.
+    """
+    with together(comm, f"loading {directory}"):
+        places = defaultdict(list)
+        for file, entry in manifest.files.items():
+            for piece in entry.pieces:
+                places[piece.kind, piece.name].append((piece.start, piece.stop, file))
+        opened: dict[str, h5py.File] = {}
+        try:
+            for wanted in slices:
+                _fill_one(directory, manifest, wanted, places[wanted.kind, wanted.name], opened)
+        finally:
+            for file in opened.values():
+                file.close()
+
+
+def _fill_one(
+    directory: Path,
+    manifest: Manifest,
+    wanted: StateSlice,
+    places: list[tuple[int, int, str]],
+    opened: dict[str, h5py.File],
+) -> None:
+    shape = manifest.tensors.get(wanted.name)
+    if shape != list(wanted.shape):
+        raise CheckpointError(f"{directory}: {wanted.name} has shape {shape}, the model's is {list(wanted.shape)}")
+    missing = wanted.stop - wanted.start
+    for first, last, name in places:
+        start, stop = max(first, wanted.start), min(last, wanted.stop)
+        if start >= stop:
+            continue
+        if name not in opened:
+            opened[name] = h5py.File(directory / name, "r", locking=False)
+        values = opened[name][f"{wanted.kind}/{wanted.name}"][start - first : stop - first]
+        wanted.values[start - wanted.start : stop - wanted.start].copy_(torch.from_numpy(values))
+        missing -= stop - start
+    if missing:
+        raise CheckpointError(f"{directory}: {missing} elements of {wanted.kind} {wanted.name} are in none of its files")

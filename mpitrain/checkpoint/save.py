@@ -1,0 +1,137 @@
+"""Write a checkpoint aside, each rank its own slices, and commit it by manifest and rename: whole or absent."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from mpitrain import __version__
+from mpitrain.checkpoint.manifest import (
+    MANIFEST,
+    STEP_DIRECTORY,
+    VERSION,
+    FileEntry,
+    Manifest,
+    Piece,
+    Progress,
+    committed,
+    file_hash,
+    sync,
+    write_durably,
+)
+from mpitrain.comm.buckets import StateSlice
+from mpitrain.runtime.agree import Comm, collect, share, together
+
+LEFT_OVER = re.compile(r"step-\d{8}\.tmp-[0-9a-f]+")
+
+
+def save(
+    comm: Comm,
+    checkpoints: Path,
+    slices: Iterable[StateSlice],
+    *,
+    progress: Progress,
+    mesh: Mapping[str, int],
+    identity: Mapping[str, Any],
+    documents: Mapping[str, str],
+) -> Path:
+    """Commit `checkpoints/step-NNNNNNNN` (collective); a step that is committed already is left as it is.
+
+    Args:
+        slices: what this rank owns.
+        documents: small text files that make the checkpoint self-contained, written by rank 0.
+
+    Raises:
+        MpitrainError: a rank could not write; nothing is committed.
+    """
+    final = checkpoints / f"step-{progress.step:08d}"
+    if share(comm, (final / MANIFEST).is_file()):
+        return final
+    aside = checkpoints / f"{final.name}.tmp-{share(comm, secrets.token_hex(4))}"
+    with together(comm, f"making {aside}"):
+        if comm.rank == 0:
+            aside.mkdir(parents=True)
+    entries: dict[str, Any] = {}
+    shapes: dict[str, list[int]] = {}
+    with together(comm, f"writing {aside}"):
+        entries, shapes = _write_slices(aside / f"rank-{comm.rank:05d}.h5", list(slices))
+        if comm.rank == 0:
+            entries |= _write_documents(aside, documents)
+    everyone = collect(comm, [entries, shapes])
+    with together(comm, f"committing {final}"):
+        if comm.rank == 0:
+            manifest = Manifest(
+                version=VERSION,
+                written_by=f"mpitrain {__version__}",
+                progress=progress,
+                mesh=dict(mesh),
+                identity=dict(identity),
+                tensors={name: shape for _, rank_shapes in everyone for name, shape in rank_shapes.items()},
+                files={name: entry for rank_entries, _ in everyone for name, entry in rank_entries.items()},
+            )
+            _commit(aside, final, manifest)
+    return final
+
+
+def _write_slices(path: Path, slices: list[StateSlice]) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    if not slices:
+        return {}, {}
+    pieces = []
+    with h5py.File(path, "w", libver="latest") as file:
+        for piece in slices:
+            values = piece.values.detach().cpu().numpy()
+            dataset = file.create_dataset(f"{piece.kind}/{piece.name}", data=values, dtype=np.float32)
+            dataset.attrs.update(shape=piece.shape, start=piece.start)
+            pieces.append(Piece(kind=piece.kind, name=piece.name, start=piece.start, stop=piece.stop))
+    return {path.name: _entry(path, pieces)}, {piece.name: list(piece.shape) for piece in slices}
+
+
+def _write_documents(directory: Path, documents: Mapping[str, str]) -> dict[str, Any]:
+    entries = {}
+    for name, text in documents.items():
+        (directory / name).write_text(text, encoding="utf-8")
+        entries[name] = _entry(directory / name, [])
+    return entries
+
+
+def _entry(path: Path, pieces: list[Piece]) -> dict[str, Any]:
+    sync(path)
+    return FileEntry(sha256=file_hash(path), bytes=path.stat().st_size, pieces=pieces).model_dump()
+
+
+def _commit(aside: Path, final: Path, manifest: Manifest) -> None:
+    write_durably(aside / MANIFEST, manifest.model_dump_json(indent=1))
+    sync(aside)
+    if final.exists():  # a directory of that name without a manifest is no checkpoint
+        discard(final)
+    aside.rename(final)
+    sync(final.parent)
+
+
+def retain(checkpoints: Path, keep: int, best_step: int) -> None:
+    """Delete all checkpoints but the newest `keep` and the best (rank 0 only, after a commit)."""
+    for place in committed(checkpoints)[keep:]:
+        match = STEP_DIRECTORY.fullmatch(place.name)
+        if match and int(match[1]) != best_step:
+            discard(place)
+
+
+def clear_left_overs(checkpoints: Path) -> None:
+    """Delete what killed saves left behind (rank 0 only, before a run writes)."""
+    for place in checkpoints.glob("step-*.tmp-*"):
+        if LEFT_OVER.fullmatch(place.name):
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def discard(place: Path) -> None:
+    """Delete a directory; it loses its name first, so that a kill half-way leaves no half checkpoint behind."""
+    doomed = place.with_name(f"{place.name}.tmp-{secrets.token_hex(4)}")
+    place.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,215 @@
+"""The command line: the one place that says COMM_WORLD, and where errors become exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mpitrain import __version__, config
+from mpitrain.errors import ExitCode, MpitrainError, UsageError
+from mpitrain.runtime import launch
+
+if TYPE_CHECKING:
+    from mpitrain.config import Config
+    from mpitrain.observe.console import Console
+
+COMMANDS = {
+    "train": "train, evaluate, save (the default)",
+    "prepare": "turn tagged text into HDF5 shards",
+    "evaluate": "score a checkpoint on the dev and test splits",
+    "predict": "tag a file, or standard input, with a checkpoint",
+    "export": "write a checkpoint as a directory that transformers loads",
+    "inspect": "show what is in a shard directory or a checkpoint",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; `python -m mpitrain {self.prog.rpartition(' ')[2]} --help` shows how")
+
+
+def command_parser(command: str) -> _Parser:
+    """The arguments that belong to one command; all others are configuration fields."""
+    parser = _Parser(
+        prog=f"mpitrain {command}", description=COMMANDS[command], allow_abbrev=False, add_help=False
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="configuration file")
+    if command == "prepare":
+        parser.add_argument("files", nargs="*", metavar="FILE", help="train, dev and test text, instead of --data")
+    if command in ("evaluate", "predict", "export"):
+        parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a run directory or one checkpoint")
+    if command == "inspect":
+        parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="shards, run or checkpoint")
+        parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="the same as DIR")
+    if command == "predict":
+        parser.add_argument("input", metavar="INPUT", help="CoNLL or plain text (one sentence a line); - is stdin")
+        parser.add_argument("--format", choices=["auto", "conll", "text"], default="auto", help="of the input")
+        parser.add_argument("--to", choices=["conll", "jsonl"], default="conll", help="of the output")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command on all ranks and leave with DESIGN's exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
+    if command not in COMMANDS or {"-h", "--help", "--version"} & set(arguments):
+        sys.exit(answer_without_mpi(command, arguments))
+    try:
+        world = launch.start()
+    except UsageError as error:
+        if launch.announced(launch.RANK_VARIABLES) in (None, 0):
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.code)
+    launch.finish(world, run(world, command, arguments))
+
+
+def answer_without_mpi(command: str, arguments: list[str]) -> int:
+    """Help and version need no MPI; under a launcher only the first rank speaks."""
+    known = command in COMMANDS
+    if launch.announced(launch.RANK_VARIABLES) in (None, 0):
+        if not known:
+            print(f"error: no command {command!r}; commands are: {', '.join(COMMANDS)}", file=sys.stderr)  # noqa: T201
+        elif "--version" in arguments:
+            print(f"mpitrain {__version__}")  # noqa: T201
+        else:
+            print_help(command)
+    return ExitCode.DONE if known else ExitCode.USAGE
+
+
+def print_help(command: str) -> None:
+    """Commands, the arguments of this one, and every configuration field."""
+    lines = ["usage: python -m mpitrain [COMMAND] [ARGUMENTS] [--FIELD VALUE ...]", "", "commands:"]
+    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    print("\n".join(lines), end="\n\n")  # noqa: T201
+    print(command_parser(command).format_help())  # noqa: T201
+    print(config.help_text())  # noqa: T201
+
+
+def run(world: Any, command: str, arguments: list[str]) -> int:
+    """A command's exit code, the same on all ranks; errors that not all ranks share end the job instead."""
+    from mpitrain.observe.console import Console
+    from mpitrain.runtime.agree import together
+
+    console = Console(world.rank == 0, to_stderr=command == "predict")
+    try:
+        settings: Config | None = None
+        options = argparse.Namespace()
+        with together(world, "reading the configuration"):
+            options, flags = command_parser(command).parse_known_args(arguments)
+            settings = config.load(flags, options.config)
+        assert settings is not None
+        return HANDLERS[command](world, options, settings, console)
+    except MpitrainError as error:
+        if not error.agreed:
+            raise
+        if world.rank == 0:
+            console.stop_steps()
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return error.code
+
+
+def _train(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
+    from mpitrain.train import train
+
+    stop = launch.StopRequest()
+    stop.listen()
+    console.say("mpitrain", __version__)
+    code, directory = train(world, settings, console, stop)
+    if code == ExitCode.STOPPED:
+        console.say("stopped", f"cleanly; to go on: python -m mpitrain --out {directory} (with the same settings)")
+        return code
+    console.say("next", f"python -m mpitrain evaluate --checkpoint {directory}")
+    console.say("", f"echo 'Maria Jordan flew to Paris .' | python -m mpitrain predict --checkpoint {directory} -")
+    console.say("", f"python -m mpitrain export --checkpoint {directory} --out {directory / 'exported'}")
+    return code
+
+
+def _prepare(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
+    from mpitrain.assemble import prepare_files
+
+    directory = prepare_files(world, settings, options.files, console)
+    show(world, console, directory)
+    return ExitCode.DONE
+
+
+def _evaluate(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
+    from mpitrain.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(world, settings, _needed(world, options.checkpoint), console)
+    return ExitCode.DONE
+
+
+def _predict(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
+    from mpitrain.predict import predict
+    from mpitrain.restore import open_checkpoint, restore_stage
+
+    trained = open_checkpoint(world, _needed(world, options.checkpoint), console)
+    place, executor = restore_stage(world, settings, trained, console)
+    number = predict(
+        executor,
+        place,
+        trained.problem,
+        options.input,
+        input_format=options.format,
+        output=settings.out,
+        output_format=options.to,
+    )
+    console.say("tagged", f"{number:,} sentences")
+    place.mesh.free()
+    return ExitCode.DONE
+
+
+def _export(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
+    from mpitrain.export import export
+    from mpitrain.restore import open_checkpoint
+
+    place = _needed(world, options.checkpoint)
+    out = settings.out or place / "exported"
+    export(world, open_checkpoint(world, place, console), out)
+    console.say("exported", f"{out}: load it with AutoModelForTokenClassification.from_pretrained({str(out)!r})")
+    return ExitCode.DONE
+
+
+def _inspect(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
+    from mpitrain.runtime.agree import together
+
+    place = options.directory or options.checkpoint
+    with together(world, "reading the arguments"):
+        if place is None:
+            raise UsageError("inspect needs a directory: of shards, of a run, or a checkpoint")
+    show(world, console, place)
+    return ExitCode.DONE
+
+
+def show(world: Any, console: Console, place: Path) -> None:
+    """What is in a directory, on rank 0 (collective)."""
+    from mpitrain.describe import describe
+    from mpitrain.runtime.agree import together
+
+    with together(world, f"inspecting {place}"):
+        if world.rank == 0:
+            console.show(describe(place))
+
+
+def _needed(world: Any, checkpoint: Path | None) -> Path:
+    from mpitrain.runtime.agree import together
+
+    with together(world, "looking for --checkpoint"):
+        if checkpoint is None:
+            raise UsageError("--checkpoint DIR is needed: a run directory or one checkpoint")
+    assert checkpoint is not None
+    return checkpoint
+
+
+Handler = Callable[[Any, argparse.Namespace, "Config", "Console"], int]
+HANDLERS: dict[str, Handler] = {
+    "train": _train,
+    "prepare": _prepare,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "export": _export,
+    "inspect": _inspect,
+}

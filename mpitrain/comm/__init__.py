@@ -1,0 +1,1 @@
+"""How bytes move: tensors as MPI buffers, our own ring, gradients in buckets."""

@@ -1,0 +1,1 @@
+"""From text to what a rank sees at step s."""

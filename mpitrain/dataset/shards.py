@@ -1,0 +1,253 @@
+"""Prepared sequences in HDF5: flat contiguous arrays, checked against `dataset.json` before the first use.
+
+Serial h5py without locks (parallel file systems often refuse them): files are immutable once `dataset.json` is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mpitrain.dataset.recipe import Split
+from mpitrain.dataset.tokenize import Encoded
+from mpitrain.errors import DataError
+from mpitrain.runtime.agree import Comm, together
+
+IGNORED = -100  # label of [CLS], [SEP] and of all pieces of a word but the first
+INDEX_FILE = "dataset.json"
+# Kinds of dtype that each dataset may have, and the entry of dataset.json that says how long it is.
+DATASETS: dict[str, tuple[tuple[str, ...], str]] = {
+    "tokens": (("<u2", "<i4"), "tokens"),
+    "labels": (("<i2",), "tokens"),
+    "word_starts": (("|u1",), "tokens"),
+    "offsets": (("<i8",), "offsets"),
+    "words": (("<i4",), "sequences"),
+    "sentences": (("<i8",), "sequences"),
+}
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# No separators, so no name leads out of the directory; no leading dot, so neither "." nor ".." is a name.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
+
+
+class ShardEntry(BaseModel):
+    """What `dataset.json` says of one file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: FileName
+    sequences: Count
+    sentences: Count
+    tokens: Count
+    words: Count
+    sha256: Sha256
+
+
+class Source(BaseModel):
+    """The text that a split was made from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    bytes: Count
+    sha256: Sha256
+
+
+class SplitSummary(BaseModel):
+    """What a person wants to know of a split: counts, the longest sentence in words, what was normalised."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sentences: Count
+    words: Count
+    pieces: Count
+    longest_sentence: Count
+    labels: dict[str, Count]
+    normalised: dict[str, Count]
+
+
+class DatasetInfo(BaseModel):
+    """The contents of `dataset.json`: written last, so its presence says that the dataset is whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    name: str
+    fingerprint: Sha256
+    label_names: Annotated[list[str], Field(min_length=1, max_length=32767)]
+    scheme: Literal["iob2", "none"]
+    tokenizer_hash: Sha256
+    vocab_size: Annotated[int, Field(ge=1)]
+    max_length: Annotated[int, Field(ge=3)]
+    lowercase: bool
+    splits: dict[Split, list[ShardEntry]]
+    summary: dict[Split, SplitSummary]
+    source: dict[Split, Source]
+    license: str
+    citation: str
+
+
+def open_dataset(directory: Path) -> DatasetInfo:
+    """Read and check `dataset.json`; the shards themselves are not opened.
+
+    Raises:
+        DataError: it is missing, or says what it may not say.
+    """
+    place = directory / INDEX_FILE
+    try:
+        return DatasetInfo.model_validate_json(place.read_bytes())
+    except OSError as error:
+        raise DataError(f"{place}: {error.strerror}; a directory without it is not (or not yet) a dataset") from None
+    except ValidationError as error:
+        mistakes = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise DataError("\n".join([f"{place}: damaged or of another version; prepare again:", *mistakes])) from None
+
+
+def write_shard(
+    path: Path, encoded: Encoded, labels: NDArray[np.int16], first_sentence: int, vocab_size: int
+) -> ShardEntry:
+    """Write one file; the same arrays give the same bytes.
+
+    Args:
+        labels: int16 [num_tokens], -100 where there is none.
+        first_sentence: number, within the split, of the sentence that `encoded` calls 0.
+    """
+    arrays = {
+        "tokens": encoded.tokens.astype("<u2" if vocab_size <= 65535 else "<i4"),
+        "labels": labels.astype("<i2"),
+        "word_starts": encoded.word_starts,
+        "offsets": encoded.offsets.astype("<i8"),
+        "words": encoded.words.astype("<i4"),
+        "sentences": (encoded.sentences + first_sentence).astype("<i8"),
+    }
+    with h5py.File(path, "w", locking=False) as file:
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array, track_times=False)  # a time would make each run's bytes differ
+    sync(path)
+    return ShardEntry(
+        file=path.name,
+        sequences=len(encoded.words),
+        sentences=len(np.unique(encoded.sentences)),
+        tokens=len(encoded.tokens),
+        words=int(encoded.words.sum()),
+        sha256=file_hash(path),
+    )
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or directory is on its storage: a rename alone does not survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_dataset(comm: Comm, directory: Path, info: DatasetInfo) -> None:
+    """Check every shard once, shared out over the ranks (collective).
+
+    Raises:
+        DataError: on all ranks; names the file, the dataset and the row.
+    """
+    entries = [entry for shards in info.splits.values() for entry in shards]
+    with together(comm, f"checking the shards of {directory}"):
+        for entry in entries[comm.rank :: comm.size]:
+            verify_shard(directory / entry.file, entry, len(info.label_names), info.vocab_size)
+
+
+def verify_shard(path: Path, entry: ShardEntry, num_labels: int, vocab_size: int) -> None:
+    """Check one file before its arrays are used.
+
+    Raises:
+        DataError: another hash than that of `dataset.json`, or arrays that cannot be right.
+    """
+    if path.is_symlink() or not path.is_file():  # a FIFO would hang the reader, a link may lead anywhere
+        raise DataError(f"{path}: missing, or not a plain file; prepare the dataset again")
+    found = file_hash(path)
+    if found != entry.sha256:
+        raise DataError(f"{path}: damaged: its sha256 is {found}, dataset.json says {entry.sha256}; prepare again")
+    arrays = map_shard(path)
+    lengths = {"tokens": entry.tokens, "sequences": entry.sequences, "offsets": entry.sequences + 1}
+    for name, (_, length) in DATASETS.items():
+        if len(arrays[name]) != lengths[length]:
+            raise DataError(f"{path}: {name}: has {len(arrays[name])} rows, dataset.json says {lengths[length]}")
+    steps = np.diff(arrays["offsets"])
+    _refuse(path, "offsets", np.concatenate([arrays["offsets"][:1] != 0, steps <= 0]), "does not grow from 0")
+    if arrays["offsets"][-1] != entry.tokens:
+        raise DataError(f"{path}: offsets: the last is {arrays['offsets'][-1]}, there are {entry.tokens} tokens")
+    labels = arrays["labels"]
+    _refuse(path, "tokens", (arrays["tokens"] >= vocab_size) | (arrays["tokens"] < 0), f"no token of {vocab_size}")
+    _refuse(path, "labels", (labels >= num_labels) | ((labels < 0) & (labels != IGNORED)), f"no label of {num_labels}")
+    starts = np.add.reduceat(arrays["word_starts"], arrays["offsets"][:-1], dtype=np.int64) if len(steps) else steps
+    _refuse(path, "words", starts != arrays["words"], "differs from the word starts of its sequence")
+    _refuse(path, "labels", (labels != IGNORED) != (arrays["word_starts"] == 1), "label and word start disagree")
+
+
+def _refuse(path: Path, name: str, wrong: NDArray[np.bool_], why: str) -> None:
+    if wrong.any():
+        raise DataError(f"{path}: {name}: row {int(wrong.argmax())}: {why}")
+
+
+def map_shard(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of a shard as read-only views of one memory map: ranks of a node share the pages.
+
+    Nothing that HDF5 could make lead elsewhere is followed: only hard links to contiguous, unfiltered, one-dimensional
+    datasets inside this file.
+
+    Raises:
+        DataError: names the file and the dataset that is missing or of another kind.
+    """
+    places: dict[str, tuple[str, int, int]] = {}
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            for name, (dtypes, _) in DATASETS.items():
+                places[name] = _place(path, file, name, dtypes)
+        with path.open("rb") as raw:
+            view = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:  # h5py has no class of its own
+        raise DataError(f"{path}: not a readable HDF5 file: {error}") from None
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, (dtype, length, offset) in places.items():
+        if offset + length * np.dtype(dtype).itemsize > len(view):
+            raise DataError(f"{path}: {name}: {length} rows reach beyond the end of the file")
+        arrays[name] = np.frombuffer(view, dtype, length, offset)
+    return arrays
+
+
+def _place(path: Path, file: h5py.File, name: str, dtypes: tuple[str, ...]) -> tuple[str, int, int]:
+    """dtype, rows and byte offset of a dataset."""
+    link = file.get(name, getlink=True)
+    if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
+        raise DataError(f"{path}: {name}: missing, or a link; found {', '.join(file)}")
+    data = file[name]
+    plan = data.id.get_create_plist()
+    if data.ndim != 1 or data.dtype.str not in dtypes:
+        raise DataError(
+            f"{path}: {name}: found {data.dtype} of shape {data.shape}, expected {' or '.join(dtypes)}, 1-D"
+        )
+    if plan.get_layout() != h5py.h5d.CONTIGUOUS or plan.get_external_count() or plan.get_nfilters():
+        raise DataError(f"{path}: {name}: expected plain contiguous storage inside the file")
+    offset = data.id.get_offset()  # None before the first byte is written, as in an empty dataset
+    if offset is None and data.shape[0]:
+        raise DataError(f"{path}: {name}: {data.shape[0]} rows are declared, none was written")
+    return data.dtype.str, int(data.shape[0]), int(offset or 0)
+
+
+def read_index(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens, words and sentence number of each sequence of a shard, int64 [num_sequences] each."""
+    arrays = map_shard(path)
+    return np.diff(arrays["offsets"]), arrays["words"].astype(np.int64), arrays["sentences"].astype(np.int64)

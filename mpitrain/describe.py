@@ -1,0 +1,61 @@
+"""`mpitrain inspect`: what is in a directory of shards, a run or a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from mpitrain.checkpoint.load import find_checkpoint
+from mpitrain.checkpoint.manifest import committed, file_hash, read_manifest
+from mpitrain.dataset import prepare
+from mpitrain.errors import CheckpointError, UsageError
+
+
+def describe(place: Path) -> Any:
+    """Something that rich can print.
+
+    Raises:
+        UsageError: the directory is neither of the three.
+        MpitrainError: it is damaged.
+    """
+    if prepare.is_dataset(place):
+        return prepare.describe(place)
+    try:
+        found = find_checkpoint(place)
+    except CheckpointError:
+        raise UsageError(f"{place}: is neither a directory of shards, nor a run, nor a checkpoint") from None
+    run = found.parent if found != place else None
+    others = [f"checkpoints in the run: {', '.join(path.name for path in reversed(committed(run)))}"] if run else []
+    return Group(*others, describe_checkpoint(found))
+
+
+def describe_checkpoint(directory: Path) -> Group:
+    """Step, settings, files with the state of their hashes, and tensors."""
+    manifest = read_manifest(directory)
+    files = Table(box=None, header_style="bold", title="files", title_justify="left")
+    for name in ("file", "bytes", "pieces", "sha256"):
+        files.add_column(name, justify="left" if name in ("file", "sha256") else "right")
+    for name, entry in sorted(manifest.files.items()):
+        path = directory / name
+        whole = path.is_file() and not path.is_symlink() and file_hash(path) == entry.sha256
+        state = "whole" if whole else "DAMAGED" if path.exists() else "MISSING"
+        files.add_row(name, f"{entry.bytes:,}", f"{len(entry.pieces):,}", f"{entry.sha256[:12]}  {state}")
+    tensors = Table(box=None, header_style="bold", title="tensors", title_justify="left")
+    tensors.add_column("name")
+    tensors.add_column("shape")
+    for name, shape in manifest.tensors.items():
+        tensors.add_row(name, " x ".join(map(str, shape)))
+    progress = manifest.progress
+    num_weights = sum(prod(shape) for shape in manifest.tensors.values())
+    head = [
+        f"{directory}: step {progress.step}, written by {manifest.written_by}",
+        f"best dev F1 {progress.best_f1:.4f} at step {progress.best_step}" if progress.best_step >= 0 else "no dev score",
+        f"mesh {json.dumps(manifest.mesh)}; {num_weights:,} weights",
+        f"labels {', '.join(manifest.identity.get('labels', []))}",
+    ]
+    return Group(*head, files, tensors)

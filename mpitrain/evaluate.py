@@ -1,0 +1,117 @@
+"""Exact evaluation on any mesh: each sentence once, counts summed over replicas, then divided."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpitrain.assemble import Place, Problem, find_data
+from mpitrain.config import Config
+from mpitrain.dataset.batches import Indices, evaluation_plan
+from mpitrain.dataset.loader import Split
+from mpitrain.dataset.sequences import Sequences
+from mpitrain.dataset.shards import open_dataset, verify_dataset
+from mpitrain.metrics import Counts, report
+from mpitrain.model.attention import PackedLayout
+from mpitrain.model.bert import token_loss
+from mpitrain.observe.console import Console, score_table
+from mpitrain.pipeline.executor import Executor, MicroBatch
+from mpitrain.pipeline.schedule import program
+from mpitrain.restore import open_checkpoint, restore_stage
+from mpitrain.runtime.agree import Comm, collect
+from mpitrain.runtime.mesh import Mesh
+
+TOKENS_PER_MICRO_BATCH = 2048
+MICRO_BATCHES_AT_ONCE = 8  # bounds what a stage holds between its instructions
+
+
+def infer(
+    executor: Executor, mesh: Mesh, plan: Sequence[Indices], split: Sequences, device: torch.device
+) -> Iterator[tuple[Indices, torch.Tensor]]:
+    """This replica's share of a plan: (sequences, logits [num_tokens, num_labels]) on its last stage, nothing elsewhere.
+
+    Collective over the pipe axis, so every stage must exhaust it.
+    """
+    mine = plan[mesh.replica :: mesh.num_replicas]
+    for start in range(0, len(mine), MICRO_BATCHES_AT_ONCE):
+        part = mine[start : start + MICRO_BATCHES_AT_ONCE]
+        batches = [load_inference(split, sequences, mesh, device) for sequences in part]
+        forward = program("1f1b", mesh.stage, mesh.num_stages, len(part), train=False)
+        yield from zip(part, executor.infer(forward, batches), strict=False)
+
+
+def load_inference(split: Sequences, sequences: Indices, mesh: Mesh, device: torch.device) -> MicroBatch:
+    """A micro-batch without labels and dropout."""
+    tokens = torch.from_numpy(split.read("tokens", sequences)).to(device) if mesh.is_first else None
+    return MicroBatch(PackedLayout(split.index.lengths[sequences], device), tokens)
+
+
+def evaluate(
+    executor: Executor, place: Place, problem: Problem, split: Sequences
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score a split (collective): the report of eval.json, and one of each replica's share, on every rank."""
+    plan = evaluation_plan(split.index.lengths, split.index.sentences, TOKENS_PER_MICRO_BATCH)
+    counts, loss = Counts.of(problem.label_names), 0.0
+    for sequences, logits in infer(executor, place.mesh, plan, split, place.transport.device):
+        labels = split.read("labels", sequences)
+        counts.add(*_gold_and_predicted(labels, logits), words_per_sentence(split, sequences)[1].tolist())
+        loss += float(token_loss(logits, torch.from_numpy(labels).to(logits.device), 1).double())
+    shares = collect(place.mesh.world, [counts.vector.tolist(), loss] if place.mesh.is_last else None)
+    return summarise(problem.label_names, [share for share in shares if share is not None])
+
+
+def summarise(
+    label_names: Sequence[str], shares: Sequence[tuple[list[int], float]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Add the replicas' counts up before dividing; the order of ranks fixes the bits of the loss."""
+    vectors = [np.array(vector, np.int64) for vector, _ in shares]
+    losses = [loss for _, loss in shares]
+    replicas = [_report(label_names, vector, loss) for vector, loss in zip(vectors, losses, strict=True)]
+    return _report(label_names, np.sum(vectors, axis=0), sum(losses)), replicas
+
+
+def _report(label_names: Sequence[str], vector: NDArray[np.int64], loss: float) -> dict[str, Any]:
+    scores = report(Counts.from_vector(label_names, vector))
+    return {"loss": loss / max(1, scores["words"]), **scores}
+
+
+def _gold_and_predicted(labels: NDArray[np.int64], logits: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    labelled = labels >= 0
+    return labels[labelled], logits.argmax(dim=-1).cpu().numpy()[labelled]
+
+
+def words_per_sentence(split: Sequences, sequences: Indices) -> tuple[Indices, Indices]:
+    """The sentences in a micro-batch, in its order, and the words of each, its windows added up."""
+    sentences = split.index.sentences[sequences]
+    starts = np.flatnonzero(np.diff(sentences, prepend=-1))
+    return sentences[starts], np.add.reduceat(split.index.words[sequences], starts)
+
+
+def evaluate_checkpoint(comm: Comm, config: Config, checkpoint: Path, console: Console) -> dict[str, Any]:
+    """Score a checkpoint on the dev and test splits of `--data`, or of what it was trained on (collective).
+
+    Raises:
+        MpitrainError: on all ranks, with the first cause.
+    """
+    trained = open_checkpoint(comm, checkpoint, console)
+    shards = find_data(comm, config, trained.described, trained.problem, console)
+    info = open_dataset(shards)
+    verify_dataset(comm, shards, info)
+    place, executor = restore_stage(comm, config, trained, console)
+    reports: dict[str, Any] = {}
+    splits: list[str] = [name for name in ("dev", "test") if name in info.splits] or list(info.splits)
+    for name in splits:
+        split = Split(place.mesh.world, shards, info, name)
+        reports[name], replicas = evaluate(executor, place, trained.problem, split)
+        console.show(score_table(f"{name}: entity scores (conlleval)", reports[name], replicas))
+    if comm.rank == 0 and config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        (config.out / "eval.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+    place.mesh.free()
+    return reports

@@ -1,0 +1,1 @@
+"""The network itself: BERT as a list of blocks that know nothing of ranks."""

@@ -1,0 +1,287 @@
+"""BERT for token classification as a list of blocks, any run of which is a stage; it knows nothing of ranks.
+
+Block 0 is the embeddings, blocks 1 to L the encoder layers, block L + 1 the head. Parameters carry the names that
+Hugging Face gives them, so a checkpoint needs no table of translations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from hashlib import blake2b
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - its customary name
+
+from mpitrain.errors import DataError
+from mpitrain.model.attention import PackedLayout, packed_attention
+from mpitrain.model.card import ModelCard
+from mpitrain.model.dropout import KeyedDropout
+
+IGNORED_LABEL = -100
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+SITES_PER_BLOCK = 3  # dropout places in a block: attention probabilities, attention output, output
+# Element-wise work of embeddings, layer and head per hidden element and token, forward and backward, in the FLOP of a
+# matrix product that takes as long: measured for three cards on a CPU, between float32 and bfloat16.
+ELEMENTWISE = (3000, 4000, 500)
+
+
+class Weights(nn.Module):
+    """A weight, perhaps a bias: a linear map, a LayerNorm or an embedding table, as its user sees fit.
+
+    Values are NaN until `initialize` or `load_weights` sets them, so that forgetting to shows at once.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(self, *shape: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full(shape, torch.nan))
+        if bias:
+            self.bias = nn.Parameter(torch.full(shape[:1], torch.nan))
+
+    def linear(self, x: Tensor) -> Tensor:
+        """[..., shape[1]] to [..., shape[0]]."""
+        return F.linear(x, self.weight, self.bias)
+
+    def layer_norm(self, x: Tensor, epsilon: float) -> Tensor:
+        """Normalise over the last dimension; torch keeps the statistics of bf16 input in float32."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, epsilon)
+
+
+class Embeddings(nn.Module):
+    """Block 0: int64 tokens [num_tokens] to [num_tokens, hidden_size]."""
+
+    def __init__(self, card: ModelCard) -> None:
+        super().__init__()
+        self.card = card
+        self.word_embeddings = Weights(card.vocab_size, card.hidden_size, bias=False)
+        self.position_embeddings = Weights(card.max_position_embeddings, card.hidden_size, bias=False)
+        self.token_type_embeddings = Weights(card.type_vocab_size, card.hidden_size, bias=False)
+        self.LayerNorm = Weights(card.hidden_size)
+
+    def forward(self, tokens: Tensor, layout: PackedLayout, dropout: KeyedDropout | None) -> Tensor:
+        """Look up, add, normalise, drop."""
+        if layout.longest > self.card.max_position_embeddings:
+            raise DataError(
+                f"a sequence has {layout.longest} tokens, but the model's max_position_embeddings is "
+                f"{self.card.max_position_embeddings}; prepare the data with a max_length of at most that"
+            )
+        hidden = F.embedding(tokens, self.word_embeddings.weight)
+        # One sentence per sequence: every token is of type 0.
+        hidden = hidden + F.embedding(layout.position_ids, self.position_embeddings.weight)
+        hidden = hidden + self.token_type_embeddings.weight[0]
+        hidden = self.LayerNorm.layer_norm(hidden, self.card.layer_norm_eps)
+        return _drop(hidden, dropout, self.card.hidden_dropout_prob, site=0)
+
+
+class SelfAttention(nn.Module):
+    """The three projections and the attention between them."""
+
+    def __init__(self, card: ModelCard, site: int) -> None:
+        super().__init__()
+        self.card, self.site = card, site
+        self.query, self.key, self.value = (Weights(card.hidden_size, card.hidden_size) for _ in range(3))
+
+    def forward(self, hidden: Tensor, layout: PackedLayout, dropout: KeyedDropout | None) -> Tensor:
+        """[num_tokens, hidden_size] to the same, heads side by side."""
+        queries, keys, values = (each.linear(hidden) for each in (self.query, self.key, self.value))
+        heads, probability = self.card.num_attention_heads, self.card.attention_probs_dropout_prob
+        return packed_attention(queries, keys, values, layout, heads, dropout, probability, self.site)
+
+
+class Residual(nn.Module):
+    """The end of a sub-layer: project, drop, add to the sub-layer's input, normalise."""
+
+    def __init__(self, card: ModelCard, size: int, site: int) -> None:
+        super().__init__()
+        self.card, self.site = card, site
+        self.dense = Weights(card.hidden_size, size)
+        self.LayerNorm = Weights(card.hidden_size)
+
+    def forward(self, x: Tensor, residual: Tensor, dropout: KeyedDropout | None) -> Tensor:
+        """[num_tokens, size] and [num_tokens, hidden_size] to the latter."""
+        x = _drop(self.dense.linear(x), dropout, self.card.hidden_dropout_prob, self.site)
+        return self.LayerNorm.layer_norm(x + residual, self.card.layer_norm_eps)
+
+
+class Attention(nn.Module):
+    """The first sub-layer; exists to give its parts their names."""
+
+    def __init__(self, card: ModelCard, site: int) -> None:
+        super().__init__()
+        self.self = SelfAttention(card, site)
+        self.output = Residual(card, card.hidden_size, site + 1)
+
+    def forward(self, hidden: Tensor, layout: PackedLayout, dropout: KeyedDropout | None) -> Tensor:
+        """[num_tokens, hidden_size] to the same."""
+        return cast(Tensor, self.output(self.self(hidden, layout, dropout), hidden, dropout))
+
+
+class Intermediate(nn.Module):
+    """The widening half of the second sub-layer."""
+
+    def __init__(self, card: ModelCard) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[card.hidden_act]
+        self.dense = Weights(card.intermediate_size, card.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[num_tokens, hidden_size] to [num_tokens, intermediate_size]."""
+        return self.activation(self.dense.linear(hidden))
+
+
+class EncoderLayer(nn.Module):
+    """Blocks 1 to L: [num_tokens, hidden_size] to the same; post-norm (Vaswani et al. 2017, section 3.1)."""
+
+    def __init__(self, card: ModelCard, block: int) -> None:
+        super().__init__()
+        site = block * SITES_PER_BLOCK
+        self.attention = Attention(card, site)
+        self.intermediate = Intermediate(card)
+        self.output = Residual(card, card.intermediate_size, site + 2)
+
+    def forward(self, hidden: Tensor, layout: PackedLayout, dropout: KeyedDropout | None) -> Tensor:
+        """[num_tokens, hidden_size] to the same."""
+        hidden = self.attention(hidden, layout, dropout)
+        return cast(Tensor, self.output(self.intermediate(hidden), hidden, dropout))
+
+
+class BertStage(nn.Module):
+    """The blocks [first_block, last_block) of the `num_blocks(card)`; parameters are in forward order."""
+
+    def __init__(self, card: ModelCard, num_labels: int, first_block: int, last_block: int) -> None:
+        super().__init__()
+        assert 0 <= first_block < last_block <= num_blocks(card), "a stage holds at least one block"
+        self.card = card
+        self.has_embeddings = first_block == 0
+        self.has_head = last_block == num_blocks(card)
+        layers = range(max(first_block, 1), min(last_block, num_blocks(card) - 1))
+        self.bert = nn.Module()
+        if self.has_embeddings:
+            self.bert.embeddings = Embeddings(card)
+        self.bert.encoder = nn.Module()
+        self.bert.encoder.layer = nn.ModuleDict({str(block - 1): EncoderLayer(card, block) for block in layers})
+        if self.has_head:
+            self.classifier = Weights(num_labels, card.hidden_size)
+
+    def forward(self, inputs: Tensor, layout: PackedLayout, dropout: KeyedDropout | None = None) -> Tensor:
+        """Carry a packed micro-batch through the stage.
+
+        Args:
+            inputs: int64 tokens [num_tokens] if the stage has the embeddings, else hidden [num_tokens, hidden_size].
+            layout: of the micro-batch, on the device of the inputs.
+            dropout: of this micro-batch; None in evaluation.
+
+        Returns:
+            Logits [num_tokens, num_labels] if the stage has the head, else hidden [num_tokens, hidden_size].
+
+        Raises:
+            DataError: a sequence is longer than the positions that the card has.
+        """
+        hidden = inputs
+        for block in self.blocks:
+            hidden = block(hidden, layout, dropout)
+        if not self.has_head:
+            return hidden
+        chance = self.card.classifier_dropout
+        probability = self.card.hidden_dropout_prob if chance is None else chance
+        hidden = _drop(hidden, dropout, probability, (num_blocks(self.card) - 1) * SITES_PER_BLOCK)
+        return self.classifier.linear(hidden)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The embeddings and encoder layers that are here."""
+        embeddings = [self.bert.get_submodule("embeddings")] if self.has_embeddings else []
+        return [*embeddings, *self.bert.get_submodule("encoder.layer").children()]
+
+
+def _drop(x: Tensor, dropout: KeyedDropout | None, probability: float, site: int) -> Tensor:
+    return x if dropout is None else dropout(x, probability, site)
+
+
+def num_blocks(card: ModelCard) -> int:
+    """Embeddings, encoder layers, head."""
+    return card.num_hidden_layers + 2
+
+
+def block_of(name: str, card: ModelCard) -> int:
+    """The block that holds the parameter of that name.
+
+    Raises:
+        KeyError: no parameter of the model has such a name.
+    """
+    found = re.match(r"bert\.(embeddings)\.|bert\.encoder\.layer\.(\d+)\.|(classifier)\.", name)
+    if found is None or int(found[2] or 0) >= card.num_hidden_layers:
+        raise KeyError(name)
+    return 0 if found[1] else num_blocks(card) - 1 if found[3] else int(found[2]) + 1
+
+
+def parameter_shapes(card: ModelCard, num_labels: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the whole model, in forward order; takes no memory for values."""
+    with torch.device("meta"):
+        stage = BertStage(card, num_labels, 0, num_blocks(card))
+    return {name: tuple(parameter.shape) for name, parameter in stage.named_parameters()}
+
+
+def block_costs(card: ModelCard, num_labels: int, mean_length: float) -> list[float]:
+    """Estimated FLOP per token of each block, forward and backward (backward is twice forward).
+
+    `mean_length` is that of the sequence in which a token stands: the sum of squared lengths divided by the sum.
+    """
+    hidden = card.hidden_size
+    embeddings, layer, head = (hidden * each for each in ELEMENTWISE)
+    layer += 3 * 2 * hidden * (4 * hidden + 2 * card.intermediate_size)
+    attention = 3 * 2 * 2 * hidden * mean_length
+    return [embeddings, *[layer + attention] * card.num_hidden_layers, head + 3 * 2 * hidden * num_labels]
+
+
+def initialize(stage: nn.Module, card: ModelCard, seed: int) -> None:
+    """Set all parameters as BERT does: normal(0, initializer_range), biases 0, LayerNorm weights 1, [PAD] row 0.
+
+    Each parameter has its own stream, keyed by seed and name, drawn in float32 on the CPU: every mesh, device and
+    dtype starts from the same values. NumPy's Philox draws them, as torch's depend on the CPU's instruction set.
+    """
+    for name, parameter in stage.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+            continue
+        if name.endswith("LayerNorm.weight"):
+            nn.init.ones_(parameter)
+            continue
+        key = int.from_bytes(blake2b(f"{seed}:{name}".encode(), digest_size=16).digest(), "little")
+        draw = np.random.Generator(np.random.Philox(key=key)).standard_normal(tuple(parameter.shape), np.float32)
+        draw *= card.initializer_range
+        if name.endswith("word_embeddings.weight"):
+            draw[0] = 0
+        load_weights(stage, {name: torch.from_numpy(draw)})
+
+
+def load_weights(stage: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy values into the parameters of these names, cast to their dtype and device; the others stay."""
+    with torch.no_grad():
+        for name, values in weights.items():
+            stage.get_parameter(name).copy_(values)
+
+
+def token_loss(logits: Tensor, labels: Tensor, num_labelled: int) -> Tensor:
+    """A micro-batch's share of the batch's mean cross entropy; shares add up to the mean.
+
+    Args:
+        logits: [num_tokens, num_labels], any floating dtype.
+        labels: int64 [num_tokens], -100 where there is none.
+        num_labelled: labelled tokens in the whole batch.
+
+    Returns:
+        float32 scalar; 0, still with a graph, if nothing is labelled.
+    """
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum") / max(num_labelled, 1)

@@ -1,0 +1,101 @@
+"""What a person sees: plain paragraphs, one progress bar on a terminal, plain lines elsewhere; other ranks are silent."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+SECONDS_BETWEEN_LINES = 5.0  # where there is no bar
+
+
+class Console:
+    """Rank 0's voice; on other ranks every method does nothing."""
+
+    def __init__(self, loud: bool, *, to_stderr: bool = False) -> None:
+        """Speak only if `loud`, that is on rank 0; on standard error where standard output carries results."""
+        self.loud = loud
+        self._rich = RichConsole(stderr=to_stderr, quiet=not loud, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_line = 0.0
+
+    def say(self, topic: str, text: str) -> None:
+        """A line with its topic in front."""
+        self._rich.print(f"[bold]{topic:<9}[/bold]", end="", markup=True)
+        self._rich.print(text, markup=False)
+        self._flush()
+
+    def warn(self, text: str) -> None:
+        """A line that should not be overlooked."""
+        self._rich.print("[bold yellow]warning  [/bold yellow]", end="", markup=True)
+        self._rich.print(text, markup=False)
+        self._flush()
+
+    def show(self, renderable: Any) -> None:
+        """A table, or any other thing that rich can draw."""
+        self._rich.print(renderable)
+        self._flush()
+
+    def start_steps(self, done: int, total: int) -> None:
+        """Begin to show progress, from step `done` to `total`."""
+        if not (self.loud and self._rich.is_terminal):
+            return
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=self._rich, transient=True)
+        self._progress.start()
+        self._task = self._progress.add_task("training", total=total, completed=done, numbers="")
+
+    def step(self, metrics: Mapping[str, Any], total: int) -> None:
+        """Show a finished step."""
+        numbers = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        if self._progress is not None and self._task is not None:
+            epoch = f"epoch {metrics['epoch'] + 1}"
+            self._progress.update(self._task, completed=metrics["step"], description=epoch, numbers=numbers)
+        elif self.loud and (time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or metrics["step"] == total):
+            self._last_line = time.monotonic()
+            self.say("step", f"{metrics['step']:>6}/{total}  epoch {metrics['epoch'] + 1}  {numbers}")
+
+    def stop_steps(self) -> None:
+        """Take the progress bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = self._task = None
+
+    def _flush(self) -> None:
+        if self.loud:
+            sys.stdout.flush()
+
+
+def score_table(title: str, report: Mapping[str, Any], replicas: Sequence[Mapping[str, Any]]) -> Table:
+    """Scores per type, then a line per replica, then the line of all.
+
+    Args:
+        report: of the whole split, as in eval.json.
+        replicas: reports of each replica's share.
+    """
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in ("", "precision", "recall", "F1", "support"):
+        table.add_column(name, justify="left" if not name else "right")
+    for kind, scores in report["per_type"].items():
+        table.add_row(kind, *(f"{scores[key]:.4f}" for key in ("precision", "recall", "f1")), f"{scores['support']:,}")
+    for number, share in enumerate(replicas):
+        table.add_row(f"replica {number}", *_totals(share), style="dim")
+    table.add_row("all", *_totals(report), style="bold")
+    return table
+
+
+def _totals(report: Mapping[str, Any]) -> list[str]:
+    scores = [f"{report[f'{key}_conlleval']:.4f}" for key in ("precision", "recall", "f1")]
+    return [*scores, f"{sum(kind['support'] for kind in report['per_type'].values()):,}"]

@@ -1,0 +1,58 @@
+"""The run directory: what other programs read of a run (config.json, metrics.jsonl, eval.json, exit.json)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+
+class RunDirectory:
+    """Files of one run; only rank 0 writes them."""
+
+    def __init__(self, path: Path) -> None:
+        """Use `path`, which `create` makes."""
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    def create(self) -> None:
+        """Make the directory and its parents."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps that will be done again, because the run resumes from an earlier checkpoint."""
+        lines = [line for line in self._metric_lines() if json.loads(line)["step"] <= step]
+        self._replace("metrics.jsonl", "".join(f"{line}\n" for line in lines))
+        (self.path / "exit.json").unlink(missing_ok=True)
+
+    def add_metrics(self, metrics: dict[str, Any]) -> None:
+        """Append a line for a step."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def write(self, name: str, value: Any) -> None:
+        """Replace a JSON file as a whole."""
+        self._replace(name, json.dumps(value, indent=1) + "\n")
+
+    def write_exit(self, code: int, reason: str, step: int) -> None:
+        """Leave the exit code where every launcher's quirks cannot reach it."""
+        self.write("exit.json", {"code": code, "reason": reason, "step": step})
+
+    def _metric_lines(self) -> list[str]:
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+        return [line for line in lines[:-1] if line]  # what stands behind the last newline was cut by a kill
+
+    def _replace(self, name: str, text: str) -> None:
+        aside = self.path / f"{name}.tmp-{os.getpid()}"
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(self.path / name)
+
+
+def next_run_directory(parent: Path, stem: str) -> Path:
+    """`parent/stem-n` with the lowest n above all that exist."""
+    pattern = re.compile(re.escape(stem) + r"-(\d+)")
+    taken = [int(match[1]) for place in parent.glob(f"{stem}-*") if (match := pattern.fullmatch(place.name))]
+    return parent / f"{stem}-{max(taken, default=0) + 1}"

@@ -1,0 +1,1 @@
+"""Who computes what, and when: schedules as data, a proof, an executor."""

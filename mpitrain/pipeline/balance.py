@@ -1,0 +1,101 @@
+"""Who gets how much: blocks to stages, ranks to a mesh, things to parts.
+
+Blocks are numbered through the model: 0 is the embeddings, 1 to num_layers the encoder layers, num_layers + 1 the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+from mpitrain.errors import UsageError
+
+
+def split_blocks(
+    costs: Sequence[float], num_stages: int, speeds: Sequence[float] | None = None
+) -> list[tuple[int, int]]:
+    """Cut the blocks into contiguous stages, none empty, so that the slowest stage is as fast as can be.
+
+    Exact, by dynamic programming over (number of stages, number of blocks): O(num_stages * num_blocks ** 2). Among
+    equals the last stage takes as many blocks as it can, and the stages before it are split by the same rule: under
+    1F1B the early stages keep the most micro-batches in memory.
+
+    Args:
+        costs: time of each block, any unit, not negative.
+        num_stages: at least 1.
+        speeds: of each stage's machine (a stage's time is its cost divided by its speed); all equal when None.
+
+    Returns:
+        (start, stop) of each stage in blocks.
+
+    Raises:
+        UsageError: there are more stages than blocks.
+    """
+    num_blocks = len(costs)
+    if num_stages > num_blocks:
+        raise UsageError(
+            f"mesh.pipe: {num_stages} stages need a block each, the model has {num_blocks} blocks "
+            f"(embeddings, {num_blocks - 2} layers, head); use --mesh.pipe {num_blocks} or less"
+        )
+    stage_speeds = [1.0] * num_stages if speeds is None else speeds
+    assert len(stage_speeds) == num_stages and min(stage_speeds) > 0
+    before = list(accumulate(costs, initial=0.0))
+    slowest = {0: 0.0}  # time of the slowest stage, by number of blocks on the stages so far
+    cuts: list[dict[int, int]] = []  # per stage: its stop -> its best start
+    for stage, speed in enumerate(stage_speeds):
+        choices = {
+            stop: min(
+                (max(slowest[start], (before[stop] - before[start]) / speed), start)
+                for start in slowest
+                if start < stop
+            )
+            for stop in range(stage + 1, num_blocks + 1)
+        }
+        slowest = {stop: time for stop, (time, _) in choices.items()}
+        cuts.append({stop: start for stop, (_, start) in choices.items()})
+    borders = [num_blocks]
+    for cut in reversed(cuts):
+        borders.append(cut[borders[-1]])
+    return list(pairwise(reversed(borders)))
+
+
+def by_hand(layers: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
+    """The user's own split: `layers` counts the encoder layers of each stage.
+
+    The embeddings go with the first stage and the head with the last, so only those two may have no layer.
+
+    Returns:
+        (start, stop) of each stage in blocks.
+
+    Raises:
+        UsageError: the counts do not add up, one is negative, or a stage would hold no block.
+    """
+    given = ",".join(map(str, layers))
+    if sum(layers) != num_layers or min(layers, default=0) < 0:
+        arithmetic = " + ".join(map(str, layers)) or "nothing"
+        raise UsageError(
+            f"pipeline.layers: {given!r} is {arithmetic} = {sum(layers)} layers, the model has {num_layers}; "
+            f"give one count per stage, none negative, that add up to {num_layers}"
+        )
+    for stage, count in enumerate(layers[1:-1], 1):
+        if count == 0:
+            raise UsageError(
+                f"pipeline.layers: {given!r} leaves stage {stage} without a block; only the first stage (embeddings) "
+                f"and the last (head) may have 0 layers"
+            )
+    stops = list(accumulate(layers, initial=1))
+    return list(pairwise([0, *stops[1:-1], num_layers + 2]))
+
+
+def choose_mesh(num_ranks: int, num_layers: int, num_micro_batches: int) -> tuple[int, int]:
+    """(data, pipe) for a number of ranks: the fewest stages that leave every replica two micro-batches a step.
+
+    Where no number of stages up to `num_layers` does so, one micro-batch must do; where that is too much as well,
+    replicas without work are accepted and the pipeline has one stage.
+    """
+    pipes = [pipe for pipe in range(1, min(num_ranks, num_layers) + 1) if num_ranks % pipe == 0]
+    for num_wanted in (2, 1):
+        for pipe in pipes:
+            if num_ranks // pipe * num_wanted <= num_micro_batches:
+                return num_ranks // pipe, pipe
+    return num_ranks, 1

@@ -1,0 +1,121 @@
+"""Tags for new text: words in are tags out, in the same order, whatever the mesh."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpitrain.assemble import Place, Problem
+from mpitrain.dataset.batches import evaluation_plan
+from mpitrain.dataset.conll import read_input
+from mpitrain.dataset.sequences import MemorySplit
+from mpitrain.dataset.tokenize import encode_sentences
+from mpitrain.errors import DataError
+from mpitrain.evaluate import TOKENS_PER_MICRO_BATCH, infer, words_per_sentence
+from mpitrain.pipeline.executor import Executor
+from mpitrain.runtime.agree import Comm, collect, share, share_array, together
+
+SENTENCES_AT_ONCE = 2048  # bounds rank 0's memory, whatever the input's size
+Tagged = tuple[list[str], list[str], list[float]]  # words, tags, probability of each tag
+
+
+def predict(
+    executor: Executor,
+    place: Place,
+    problem: Problem,
+    source: str,
+    *,
+    input_format: str,
+    output: Path | None,
+    output_format: str,
+) -> int:
+    """Tag a file, or standard input if `source` is "-" (collective); the number of sentences.
+
+    Raises:
+        DataError: the input cannot be read; on all ranks.
+    """
+    comm = place.mesh.world
+    sentences: Iterator[list[str]] = iter(())
+    with together(comm, f"opening {source}"):
+        if comm.rank == 0:
+            sentences = read_input(_open_input(source), input_format, name=source)
+    target = output.open("w", encoding="utf-8") if output and comm.rank == 0 else sys.stdout
+    number = 0
+    while True:
+        chunk: list[list[str]] = []
+        with together(comm, f"reading {source}"):
+            if comm.rank == 0:
+                chunk = list(islice(sentences, SENTENCES_AT_ONCE))
+        if not share(comm, len(chunk)):
+            break
+        tagged = tag_sentences(executor, place, problem, chunk)
+        if comm.rank == 0:
+            _write(target, tagged, output_format)
+        number += len(tagged)
+    if target is not sys.stdout:
+        target.close()
+    return number
+
+
+def _open_input(source: str) -> BinaryIO:
+    try:
+        return sys.stdin.buffer if source == "-" else Path(source).open("rb")
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {error.strerror}") from None
+
+
+def tag_sentences(executor: Executor, place: Place, problem: Problem, sentences: list[list[str]]) -> list[Tagged]:
+    """Tag what rank 0 gives (collective); rank 0 gets the result, others an empty list."""
+    mesh = place.mesh
+    split = share_encoded(mesh.world, problem, sentences)
+    plan = evaluation_plan(split.index.lengths, split.index.sentences, TOKENS_PER_MICRO_BATCH)
+    found: list[tuple[list[int], list[int], list[int], list[float]]] = []
+    for sequences, logits in infer(executor, mesh, plan, split, place.transport.device):
+        starts = torch.from_numpy(split.read("word_starts", sequences) == 1)
+        scores, labels = torch.softmax(logits.float().cpu()[starts], dim=-1).max(dim=-1)
+        numbers, words = words_per_sentence(split, sequences)
+        found.append((numbers.tolist(), words.tolist(), labels.tolist(), scores.tolist()))
+    everything = [part for rank_parts in collect(mesh.world, found) for part in rank_parts]
+    return _in_input_order(problem.label_names, sentences, everything) if mesh.world.rank == 0 else []
+
+
+def share_encoded(comm: Comm, problem: Problem, sentences: list[list[str]]) -> MemorySplit:
+    """Rank 0's sentences as word pieces on every rank (collective)."""
+    arrays: list[NDArray[Any] | None] = [None] * 5
+    with together(comm, "cutting words into pieces"):
+        if comm.rank == 0:
+            cut = encode_sentences(problem.tokenizer, sentences, problem.card.max_position_embeddings)
+            arrays = [cut.tokens, cut.word_starts, np.diff(cut.offsets), cut.words, cut.sentences]
+    return MemorySplit(*(share_array(comm, array) for array in arrays))
+
+
+def _in_input_order(label_names: Sequence[str], sentences: list[list[str]], parts: Iterable[Any]) -> list[Tagged]:
+    result: list[Tagged] = [(words, [], []) for words in sentences]
+    for numbers, sizes, labels, scores in parts:
+        position = 0
+        for number, size in zip(numbers, sizes, strict=True):
+            tags = [label_names[label] for label in labels[position : position + size]]
+            result[number] = (sentences[number], tags, scores[position : position + size])
+            position += size
+    for words, tags, _ in result:
+        assert len(words) == len(tags), "words in are tags out"
+    return result
+
+
+def _write(target: TextIO, tagged: Iterable[Tagged], output_format: str) -> None:
+    for words, tags, scores in tagged:
+        if output_format == "jsonl":
+            rounded = [round(score, 6) for score in scores]
+            target.write(json.dumps({"words": words, "tags": tags, "scores": rounded}, ensure_ascii=False) + "\n")
+        else:
+            rows = zip(words, tags, scores, strict=True)
+            target.write("".join(f"{word}\t{tag}\t{score:.4f}\n" for word, tag, score in rows) + "\n")
+    target.flush()

@@ -1,0 +1,122 @@
+"""State out of a run and into it: what a checkpoint holds beyond tensors, and what a resumed run must share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mpitrain import __version__
+from mpitrain.checkpoint.load import fill, find_checkpoint, newest_usable, verify
+from mpitrain.checkpoint.manifest import Manifest, committed
+from mpitrain.checkpoint.save import retain, save
+from mpitrain.errors import UsageError
+from mpitrain.run import Run
+from mpitrain.runtime.agree import share, together
+
+
+def identity_of(run: Run) -> dict[str, Any]:
+    """What a resumed run must share with the one before: the model, and what fixes the order of the data."""
+    assert run.problem.info is not None
+    options = run.config.train
+    return {
+        "model": run.problem.card.model_dump(),
+        "labels": run.problem.label_names,
+        "data": run.problem.info.fingerprint,
+        "batch_size": options.batch_size,
+        "micro_batches": options.micro_batches,
+        "seed": options.seed,
+    }
+
+
+def resume(run: Run) -> None:
+    """Take up the newest usable checkpoint if there is one, and open the run's files (collective)."""
+    found = _find_resume(run)
+    if found is not None:
+        place, manifest = found
+        with together(run.world, "comparing settings"):
+            _check_identity(place, manifest.identity, identity_of(run))
+        fill(run.world, place, manifest, run.optimizer.slices())
+        run.optimizer.set_num_updates(manifest.progress.num_updates)
+        run.optimizer.publish()
+        run.reducer.gather_weights()
+        run.progress = manifest.progress
+        run.stepper.num_updates = run.progress.num_updates
+        run.stepper.loss_scale.value = run.progress.loss_scale
+        run.stepper.loss_scale.good_steps = run.progress.good_steps
+        tensors = f"{len(manifest.tensors)} tensors, {len(manifest.files)} files verified"
+        run.console.say("resume", f"step {run.progress.step} from {place} ({tensors})")
+    with together(run.world, "opening the run directory"):
+        if run.world.rank == 0:
+            run.directory.forget_after(run.progress.step)
+            run.directory.write("config.json", json.loads(documents_of(run)["config.json"]))
+
+
+def _find_resume(run: Run) -> tuple[Path, Manifest] | None:
+    wanted = run.config.resume
+    damaged: list[str] = []
+    if wanted == "none":
+        with together(run.world, "looking for checkpoints"):
+            if run.world.rank == 0 and committed(run.directory.checkpoints):
+                raise UsageError(
+                    f"--resume none: {run.directory.checkpoints} holds checkpoints of another run; "
+                    "give another --out, or delete them"
+                )
+        return None
+    if wanted == "auto":
+        found = newest_usable(run.world, run.directory.checkpoints, damaged)
+    else:
+        given = ""
+        with together(run.world, "looking for --resume"):
+            if run.world.rank == 0:
+                given = str(find_checkpoint(Path(wanted), best=False))
+        place = Path(share(run.world, given))
+        found = (place, verify(run.world, place))
+    for line in damaged:
+        run.console.warn(line)
+    return found
+
+
+def _check_identity(place: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    differences = [f"{key}: {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]]
+    if differences:
+        raise UsageError(
+            f"{place}: was written by another run; use its settings, another --out, or --resume none:\n  "
+            + "\n  ".join(differences)
+        )
+
+
+def save_checkpoint(run: Run) -> None:
+    """Commit the present state, then delete what is no longer to be kept (collective)."""
+    progress, stepper = run.progress, run.stepper
+    progress.num_updates = stepper.num_updates
+    progress.loss_scale, progress.good_steps = stepper.loss_scale.value, stepper.loss_scale.good_steps
+    mesh = run.place.mesh
+    save(
+        run.world,
+        run.directory.checkpoints,
+        run.optimizer.slices(),
+        progress=progress,
+        mesh={"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": 1},
+        identity=identity_of(run),
+        documents=documents_of(run),
+    )
+    with together(run.world, "deleting old checkpoints"):
+        if run.world.rank == 0:
+            retain(run.directory.checkpoints, run.config.checkpoint.keep, progress.best_step)
+
+
+def documents_of(run: Run) -> dict[str, str]:
+    """The files that make a checkpoint usable without its data and its run directory."""
+    mesh = run.place.mesh
+    config = {
+        "mpitrain": __version__,
+        "config": run.config.model_dump(mode="json"),
+        "mesh": {"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": 1, "stages": run.place.stages},
+        "data": str(Path(run.config.data).resolve()) if Path(run.config.data).exists() else run.config.data,
+        "shards": str(run.problem.directory),
+        "num_steps": run.num_steps,
+        "learning_rate": run.stepper.peak_learning_rate,
+        "problem": run.problem.describe(),
+    }
+    return {"config.json": json.dumps(config, indent=1), "tokenizer.json": run.problem.tokenizer_json}

@@ -1,0 +1,155 @@
+"""A run on this rank: everything that the training loop touches, built in the order in which it depends on itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mpitrain.assemble import DTYPES, Place, Problem, build_stage, find_place, find_problem
+from mpitrain.checkpoint.manifest import Progress
+from mpitrain.checkpoint.save import clear_left_overs
+from mpitrain.comm.buckets import fill_buckets
+from mpitrain.comm.reducer import GradientReducer
+from mpitrain.config import Config
+from mpitrain.dataset.batches import TrainPlan
+from mpitrain.dataset.loader import Split, open_split
+from mpitrain.errors import DataError, UsageError
+from mpitrain.observe.console import Console
+from mpitrain.observe.record import RunDirectory, next_run_directory
+from mpitrain.optim import ShardedAdamW
+from mpitrain.pipeline.executor import Executor
+from mpitrain.runtime.agree import Comm, share, together
+from mpitrain.runtime.launch import StopRequest
+from mpitrain.step import Stepper
+
+LEARNING_RATES = {"pretrained": 5e-5, "scratch": 1e-3}
+
+
+@dataclass
+class Run:
+    """What the loop touches."""
+
+    config: Config
+    console: Console
+    problem: Problem
+    place: Place
+    directory: RunDirectory
+    plan: TrainPlan
+    num_steps: int
+    splits: dict[str, Split]
+    executor: Executor
+    reducer: GradientReducer
+    optimizer: ShardedAdamW
+    stepper: Stepper
+    stop: StopRequest
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def world(self) -> Comm:
+        """All ranks."""
+        return self.place.mesh.world
+
+    def close(self) -> None:
+        """End the reducer's thread and give all communicators back (collective)."""
+        self.reducer.close()
+        self.place.mesh.free()
+
+
+def build(comm: Comm, config: Config, console: Console, stop: StopRequest) -> Run:
+    """Everything but the state that a checkpoint may bring (collective)."""
+    problem = find_problem(comm, config, console)
+    say_problem(console, config, problem)
+    place = find_place(comm, config, problem, console)
+    splits = {name: split for name in ("train", "dev", "test") if (split := _open(place, problem, name)) is not None}
+    plan, num_steps = make_plan(config, problem, splits)
+    stage, executor = build_stage(config, problem, place)
+    mesh, transport = place.mesh, place.transport
+    buckets = fill_buckets(stage, int(config.comm.bucket_mib * 2**20))
+    dtype = DTYPES[config.train.precision]
+    optimizer = ShardedAdamW(buckets, mesh.replica, mesh.num_replicas, config.train, dtype)
+    wire = torch.bfloat16 if config.comm.wire_dtype == "bf16" else None
+    reducer = GradientReducer(mesh.data_axis, buckets, transport, algorithm=config.comm.algorithm, wire_dtype=wire)
+    optimizer.publish()
+    reducer.gather_weights()
+    peak = config.train.learning_rate or LEARNING_RATES["pretrained" if problem.pretrained else "scratch"]
+    stepper = Stepper(
+        mesh,
+        executor,
+        reducer,
+        optimizer,
+        schedule=config.pipeline.schedule,
+        options=config.train,
+        num_steps=num_steps,
+        peak_learning_rate=peak,
+    )
+    say_plan(console, config, plan, num_steps, peak)
+    directory = open_run_directory(comm, config, console)
+    return Run(
+        config, console, problem, place, directory, plan, num_steps, splits, executor, reducer, optimizer, stepper, stop
+    )
+
+
+def _open(place: Place, problem: Problem, name: str) -> Split | None:
+    assert problem.info is not None and problem.directory is not None
+    return open_split(place.mesh.world, problem.directory, problem.info, name)
+
+
+def make_plan(config: Config, problem: Problem, splits: dict[str, Split]) -> tuple[TrainPlan, int]:
+    """The order of the data and the number of steps."""
+    if "train" not in splits or len(splits["train"].index.lengths) == 0:
+        raise DataError(f"{problem.directory}: there is no train split; training needs one")
+    index, options = splits["train"].index, config.train
+    plan = TrainPlan(
+        index.lengths,
+        index.words,
+        batch_size=options.batch_size,
+        micro_batches=options.micro_batches,
+        hidden_size=problem.card.hidden_size,
+        seed=options.seed,
+    )
+    num_steps = plan.steps_per_epoch * options.epochs
+    return plan, min(num_steps, options.max_steps or num_steps)
+
+
+def say_problem(console: Console, config: Config, problem: Problem) -> None:
+    """What is trained on what."""
+    assert problem.info is not None
+    sizes = (
+        f"{sum(entry.sentences for entry in entries):,} {name}" for name, entries in problem.info.splits.items()
+    )
+    console.say("data", f"{problem.info.name}: {', '.join(sizes)} sentences; labels {', '.join(problem.label_names)}")
+    card = problem.card
+    shape = f"{card.num_hidden_layers} layers x {card.hidden_size}, {card.vocab_size:,} word pieces"
+    weights = f"weights from {problem.pretrained.directory}" if problem.pretrained else "random weights"
+    console.say("model", f"{config.model}: {shape}; {weights}")
+    if problem.pretrained is not None and problem.pretrained.note:
+        console.say("", problem.pretrained.note)
+
+
+def say_plan(console: Console, config: Config, plan: TrainPlan, num_steps: int, peak: float) -> None:
+    """The numbers that the run is made of."""
+    options = config.train
+    console.say(
+        "plan",
+        f"{num_steps} steps of {options.batch_size} sequences in {options.micro_batches} micro-batches, "
+        f"{plan.steps_per_epoch} steps an epoch; {options.precision}, learning rate {peak:g}",
+    )
+
+
+def open_run_directory(comm: Comm, config: Config, console: Console) -> RunDirectory:
+    """The directory of this run, made by rank 0 (collective)."""
+    path = None
+    with together(comm, "making the run directory"):
+        if comm.rank == 0:
+            stem = f"{Path(config.model).stem}-{Path(config.data).stem}"
+            path = config.out or next_run_directory(Path("runs"), stem)
+            try:
+                RunDirectory(path).create()
+            except OSError as error:
+                raise UsageError(f"--out {path}: cannot be made: {error.strerror}") from None
+            clear_left_overs(path / "checkpoints")
+    directory = RunDirectory(Path(share(comm, str(path))))
+    console.say("run", str(directory.path))
+    return directory

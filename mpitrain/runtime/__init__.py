@@ -1,0 +1,1 @@
+"""Being a good MPI program: start, agree, end together."""

@@ -1,0 +1,87 @@
+"""Collective votes: every rank leaves each of these calls with the same answer, or with the same error.
+
+Messages are JSON in upper-case (buffer) calls: nothing is pickled. Every function is collective over `comm`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from mpitrain.errors import ExitCode, MpitrainError, error_of
+
+Comm = MPI.Intracomm
+
+
+def share_array(comm: Comm, array: NDArray[Any] | None, root: int = 0) -> NDArray[Any]:
+    """Root's array on every rank. Only root's argument counts."""
+    head = share(comm, [array.dtype.str, list(array.shape)] if array is not None and comm.rank == root else None, root)
+    data = np.ascontiguousarray(array) if comm.rank == root else np.empty(head[1], np.dtype(head[0]))
+    view = data.reshape(-1).view(np.uint8)
+    for start in range(0, view.size, 1 << 30):  # some MPIs refuse messages beyond 2 GiB
+        comm.Bcast([view[start : start + (1 << 30)], MPI.BYTE], root)
+    return data
+
+
+def share(comm: Comm, value: Any, root: int = 0) -> Any:
+    """Root's JSON value on every rank. Only root's argument counts."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if comm.rank == root else np.empty(0, np.uint8)
+    size = np.array([text.size], np.int64)
+    comm.Bcast(size, root)
+    buffer = text.copy() if comm.rank == root else np.empty(size[0], np.uint8)
+    comm.Bcast([buffer, MPI.BYTE], root)
+    return json.loads(buffer.tobytes())
+
+
+def collect(comm: Comm, value: Any) -> list[Any]:
+    """Everyone's JSON value, in rank order, on every rank."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.empty(comm.size, np.int64)
+    comm.Allgather(np.array([text.size], np.int64), sizes)
+    buffer = np.empty(int(sizes.sum()), np.uint8)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    comm.Allgatherv([text, MPI.BYTE], [buffer, sizes, starts[:-1], MPI.BYTE])
+    return [json.loads(buffer[a:b].tobytes()) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+
+def total(comm: Comm, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Element-wise sum over ranks, the same bits on every rank (summed once, then broadcast)."""
+    result = np.zeros_like(values)
+    comm.Reduce(values, result, MPI.SUM, 0)
+    comm.Bcast(result, 0)
+    return result
+
+
+def any_rank(comm: Comm, flag: bool) -> bool:
+    """Whether the flag is set on at least one rank."""
+    return bool(total(comm, np.array([float(flag)]))[0] > 0)
+
+
+@contextmanager
+def together(comm: Comm, what: str) -> Iterator[None]:
+    """Run a section that may fail on some ranks only; leave it on all ranks, or raise on all of them.
+
+    The section itself must not hold a collective call that a failed rank would miss. The error raised
+    everywhere is that of the lowest failed rank. What is not an `MpitrainError` keeps its traceback on the
+    rank where it happened and reaches the others as a fault that names that rank.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:  # noqa: BLE001 - it is re-raised below, after the vote
+        error = caught
+    mine = None if error is None else [getattr(error, "code", ExitCode.FAULT), f"{error}" or repr(error)]
+    if not any_rank(comm, error is not None):
+        return
+    rank, (code, message) = next((r, found) for r, found in enumerate(collect(comm, mine)) if found)
+    if error is not None and not isinstance(error, MpitrainError):
+        raise error
+    agreed = error_of(code, f"rank {rank}, while {what}: {message}" if code == ExitCode.FAULT else message)
+    agreed.agreed = True
+    raise agreed

@@ -1,0 +1,122 @@
+"""Start and end as one MPI program: initialise, check the launcher, abort on any stray error, exit with one code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+from mpitrain.errors import ExitCode, MpitrainError, UsageError
+
+# Who tells a rank, before MPI is initialised, how many there are, and which one it is.
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "MPI_LOCALRANKID", "SLURM_PROCID")
+# USR1 is the one signal that both MPICH's and Open MPI's mpirun pass on; TERM and INT are best effort.
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+def announced(variables: tuple[str, ...]) -> int | None:
+    """What the launcher's environment says, or None without a launcher."""
+    values = (os.environ.get(name, "") for name in variables)
+    return next((int(value) for value in values if value.isdigit()), None)
+
+
+@dataclass
+class StopRequest:
+    """A signal asks for a checkpoint and an exit; handlers only set the flag, a vote at the next step acts."""
+
+    signals: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.signals)
+
+    def listen(self) -> None:
+        """Take over the stop signals (main thread only)."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signals.append(signal.Signals(number).name)
+
+
+def import_mpi() -> Any:
+    """mpi4py's MPI module, initialised on import.
+
+    Raises:
+        UsageError: there is no usable MPI library; the message says how to get one.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UsageError(
+            f"no MPI library can be loaded ({first}); on a cluster load its MPI module, "
+            "on a laptop: pip install 'mpitrain[mpich]'"
+        ) from None
+    return MPI
+
+
+def start() -> Any:
+    """COMM_WORLD of a sound launch, with hooks that end the whole job when one rank fails.
+
+    Raises:
+        UsageError: no MPI library, a thread level below MPI_THREAD_MULTIPLE, or ranks that do not know of each other.
+    """
+    # Harmless where ranks have cores of their own; where they share them MPICH then yields while it waits.
+    os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
+    mpi = import_mpi()
+    install_abort_hooks(mpi.COMM_WORLD)
+    check_launch(mpi.COMM_WORLD.size)
+    if mpi.Query_thread() < mpi.THREAD_MULTIPLE:
+        raise UsageError(
+            "MPI was initialised without MPI_THREAD_MULTIPLE, which reducing gradients in the background needs; "
+            "use an MPI library that grants it and unset MPI4PY_RC_THREAD_LEVEL"
+        )
+    return mpi.COMM_WORLD
+
+
+def check_launch(world_size: int) -> None:
+    """Refuse N independent runs of one rank each: the launcher and the MPI library are of different families."""
+    expected = announced(SIZE_VARIABLES)
+    if expected is not None and expected > 1 and world_size == 1:
+        raise UsageError(
+            f"the launcher started {expected} ranks, but MPI sees a world of 1: the launcher and the MPI library that "
+            "mpi4py loaded do not belong together; use the mpirun of that library (under Slurm: another --mpi)"
+        )
+
+
+def install_abort_hooks(world: Any) -> None:
+    """Any uncaught exception, in whatever thread, prints rank and traceback and ends all ranks."""
+
+    def report(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+        abort(world, error or kind(), trace)
+
+    sys.excepthook = report
+    threading.excepthook = lambda args: report(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+def abort(world: Any, error: BaseException, trace: TracebackType | None) -> NoReturn:
+    """Print the cause with this rank's number and take all ranks down with its exit code."""
+    if isinstance(error, MpitrainError):
+        text = f"error (rank {world.rank}): {error}\n"
+    else:
+        stack = "".join(traceback.format_exception(type(error), error, trace))
+        text = "".join(f"[rank {world.rank}] {line}\n" for line in stack.splitlines())
+    os.write(2, text.encode(errors="replace"))
+    world.Abort(getattr(error, "code", ExitCode.FAULT))
+    os._exit(ExitCode.FAULT)  # Abort need not return; if it does, this rank at least is gone
+
+
+def finish(world: Any, code: int) -> NoReturn:
+    """All ranks leave together with one exit code."""
+    from mpi4py import MPI
+
+    world.Barrier()
+    sys.stdout.flush()
+    MPI.Finalize()
+    sys.exit(code)

@@ -1,0 +1,101 @@
+"""The ranks arranged along the axes data, pipe and tensor, and the communicators of each axis.
+
+A world rank is ((replica * num_stages) + stage) * num_tensor + tensor index, so that stages which exchange
+activations most often sit side by side, mostly on one node. 8 ranks as 4 data x 2 pipe x 1 tensor:
+
+                     pipe axis (activations and their gradients)
+                     stage 0       stage 1
+      replica 0        0    <-->     1
+      replica 1        2    <-->     3        data axis: each column is a ring
+      replica 2        4    <-->     5        that averages gradients
+      replica 3        6    <-->     7
+
+Beyond the first and the last stage the neighbour is MPI.PROC_NULL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+
+from mpi4py import MPI
+
+from mpitrain.errors import UsageError
+
+Comm = MPI.Intracomm
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place and its communicators, all of them duplicates that `free` gives back."""
+
+    world: Comm
+    data_axis: Comm
+    pipe_axis: Comm
+    num_replicas: int
+    num_stages: int
+    replica: int
+    stage: int
+
+    @property
+    def previous_stage(self) -> int:
+        """Rank on the pipe axis that feeds this stage, or MPI.PROC_NULL."""
+        return self.stage - 1 if self.stage > 0 else MPI.PROC_NULL
+
+    @property
+    def next_stage(self) -> int:
+        """Rank on the pipe axis that this stage feeds, or MPI.PROC_NULL."""
+        return self.stage + 1 if self.stage + 1 < self.num_stages else MPI.PROC_NULL
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this stage reads tokens."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage reads labels and computes the loss."""
+        return self.stage == self.num_stages - 1
+
+    def free(self) -> None:
+        """Give the communicators back (collective)."""
+        for comm in (self.pipe_axis, self.data_axis, self.world):
+            comm.Free()
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        # After an error other ranks may not come: freeing is collective and would wait for them.
+        if kind is None:
+            self.free()
+
+
+def build(comm: Comm, data: int, pipe: int) -> Mesh:
+    """Split a duplicate of `comm` into `data` replicas of `pipe` stages (collective).
+
+    Raises:
+        UsageError: data x pipe is not the number of ranks.
+    """
+    check_shape(comm.size, data, pipe)
+    world = comm.Dup()
+    replica, stage = divmod(world.rank, pipe)
+    return Mesh(
+        world=world,
+        data_axis=Comm(world.Split(color=stage, key=replica)),
+        pipe_axis=Comm(world.Split(color=replica, key=stage)),
+        num_replicas=data,
+        num_stages=pipe,
+        replica=replica,
+        stage=stage,
+    )
+
+
+def check_shape(num_ranks: int, data: int, pipe: int) -> None:
+    """Raise UsageError, with the shapes that would work, unless data x pipe is the number of ranks."""
+    if data * pipe != num_ranks:
+        choices = ", ".join(f"{num_ranks // n} x {n}" for n in range(1, num_ranks + 1) if num_ranks % n == 0)
+        raise UsageError(
+            f"mesh: {data} data x {pipe} pipe x 1 tensor = {data * pipe}, but there are {num_ranks} ranks; "
+            f"data x pipe may be {choices}"
+        )

@@ -1,0 +1,134 @@
+"""One optimisation step: run the schedule, reduce, vote, clip, update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mpitrain.comm.reducer import GradientReducer
+from mpitrain.config import Train
+from mpitrain.dataset.batches import StepPlan
+from mpitrain.dataset.sequences import Sequences
+from mpitrain.model.attention import PackedLayout
+from mpitrain.model.dropout import KeyedDropout
+from mpitrain.optim import LossScale, ShardedAdamW, learning_rate_at
+from mpitrain.pipeline.executor import Executor, MicroBatch
+from mpitrain.pipeline.schedule import program
+from mpitrain.runtime.agree import total
+from mpitrain.runtime.mesh import Mesh
+from mpitrain.split import part
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did; the same on every rank but for the seconds.
+
+    Attributes:
+        loss: mean cross entropy over the labelled tokens of the whole batch.
+        grad_norm: global norm before clipping.
+        updated: False if a gradient was not finite and all ranks skipped the update together.
+        stop: some rank was asked to stop.
+        seconds: of this rank, by part of the step.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    updated: bool
+    stop: bool
+    seconds: dict[str, float]
+
+
+class Stepper:
+    """Everything of a rank that a step needs."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        executor: Executor,
+        reducer: GradientReducer,
+        optimizer: ShardedAdamW,
+        *,
+        schedule: str,
+        options: Train,
+        num_steps: int,
+        peak_learning_rate: float,
+    ) -> None:
+        """Train for `num_steps` steps in all."""
+        self.mesh = mesh
+        self.executor = executor
+        self.reducer = reducer
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.options = options
+        self.num_steps = num_steps
+        self.peak_learning_rate = peak_learning_rate
+        self.loss_scale = LossScale(options.precision)
+        self.num_updates = 0
+        self.num_skipped = 0
+        self.skipped_in_a_row = 0
+
+    def run(self, plan: StepPlan, micro_batches: Sequence[MicroBatch], stop: bool) -> StepResult:
+        """Train on this replica's micro-batches of `plan` (collective over the mesh)."""
+        began = time.perf_counter()
+        self.reducer.start_step()
+        loss = self.executor.train(
+            program(self.schedule, self.mesh.stage, self.mesh.num_stages, len(micro_batches)),
+            micro_batches,
+            num_labelled=plan.num_labelled,
+            loss_scale=self.loss_scale.value,
+            before_last_backward=self.reducer.arm,
+        )
+        computed = time.perf_counter()
+        self.reducer.finish()
+        reduced = time.perf_counter()
+        loss, grad_norm, stop = self._agree(loss, stop)
+        learning_rate = learning_rate_at(plan.step, self.num_steps, self.peak_learning_rate, self.options.warmup_ratio)
+        updated = math.isfinite(grad_norm) and math.isfinite(loss)
+        if updated:
+            self._update(grad_norm, learning_rate)
+        self._count(updated)
+        seconds = {
+            "forward_backward": computed - began - self.executor.seconds_waited,
+            "pipeline_wait": self.executor.seconds_waited,
+            "reduce": reduced - computed,
+            "update": time.perf_counter() - reduced,
+        }
+        return StepResult(loss, grad_norm, learning_rate, updated, stop, seconds)
+
+    def _agree(self, loss: float, stop: bool) -> tuple[float, float, bool]:
+        """Loss and gradient norm of the whole batch and whether to stop, in one vote with the same bits everywhere."""
+        mine = np.array([loss, self.optimizer.squared_norm() / self.loss_scale.value**2, float(stop)])
+        everyone = total(self.mesh.world, mine)
+        return float(everyone[0]), math.sqrt(everyone[1]) if everyone[1] >= 0 else math.nan, bool(everyone[2] > 0)
+
+    def _update(self, grad_norm: float, learning_rate: float) -> None:
+        limit = self.options.max_grad_norm
+        clip = limit / grad_norm if limit is not None and grad_norm > limit else 1.0
+        self.optimizer.step(learning_rate, clip / self.loss_scale.value)
+        self.reducer.gather_weights()
+
+    def _count(self, updated: bool) -> None:
+        self.num_updates += updated
+        self.num_skipped += not updated
+        self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
+        self.loss_scale.update(updated)
+
+
+def load_micro_batches(
+    plan: StepPlan, split: Sequences, mesh: Mesh, device: torch.device, seed: int
+) -> list[MicroBatch]:
+    """This replica's share of a step, with what this stage needs of it."""
+    loaded = []
+    for number in range(*part(mesh.replica, len(plan.micro_batches), mesh.num_replicas)):
+        sequences = plan.micro_batches[number]
+        tokens = torch.from_numpy(split.read("tokens", sequences)).to(device) if mesh.is_first else None
+        labels = torch.from_numpy(split.read("labels", sequences)).to(device) if mesh.is_last else None
+        layout = PackedLayout(split.index.lengths[sequences], device)
+        loaded.append(MicroBatch(layout, tokens, labels, KeyedDropout(seed, plan.step, number)))
+    return loaded

@@ -1,0 +1,162 @@
+"""The training loop: take micro-batches, step, record; now and then evaluate and save; on a signal save and leave."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from mpitrain.checkpoint.load import fill, verify
+from mpitrain.config import Config
+from mpitrain.dataset.batches import StepPlan
+from mpitrain.dataset.loader import prefetch
+from mpitrain.errors import ExitCode, MpitrainError
+from mpitrain.evaluate import evaluate
+from mpitrain.observe.console import Console, score_table
+from mpitrain.resume import resume, save_checkpoint
+from mpitrain.run import Run, build
+from mpitrain.runtime.agree import Comm, collect
+from mpitrain.runtime.launch import StopRequest
+from mpitrain.step import StepResult, load_micro_batches
+
+
+def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tuple[int, Path]:
+    """Train, evaluate and save (collective); the exit code and the run directory.
+
+    Raises:
+        MpitrainError: on all ranks, with the first cause.
+    """
+    run = build(comm, config, console, stop)
+    try:
+        resume(run)
+        stopped = run_steps(run)
+        save_checkpoint(run)
+        if not stopped:
+            report_best(run)
+    except BaseException as error:
+        # An agreed error is everybody's; any other ends the job, and this rank alone knows why.
+        if comm.rank == 0 or not getattr(error, "agreed", False):
+            run.directory.write_exit(getattr(error, "code", ExitCode.FAULT), f"{error!r}", run.progress.step)
+        raise
+    code, reason = (ExitCode.STOPPED, f"stopped by {stopped}") if stopped else (ExitCode.DONE, "done")
+    if comm.rank == 0:
+        run.directory.write_exit(code, reason, run.progress.step)
+    run.close()
+    return code, run.directory.path
+
+
+def run_steps(run: Run) -> str:
+    """Train until the last step, the end of patience or a signal; names the signal, if any (collective)."""
+    if evaluation_is_due(run):  # a signal came between the last step of an epoch and its evaluation
+        evaluate_dev(run)
+    split, seed = run.splits["train"], run.config.train.seed
+    plans = (run.plan.step(step) for step in range(run.progress.step, 0 if is_hopeless(run) else run.num_steps))
+    batches = prefetch(plans, lambda plan: load_micro_batches(plan, split, run.place.mesh, run.place.transport.device, seed))
+    run.console.start_steps(run.progress.step, run.num_steps)
+    began = time.perf_counter()
+    try:
+        for plan, micro_batches in batches:
+            seconds = {"data": time.perf_counter() - began}
+            result = run.stepper.run(plan, micro_batches, bool(run.stop))
+            run.progress.step = plan.step + 1
+            record_step(run, plan, result, time.perf_counter() - began, seconds | result.seconds)
+            refuse_to_go_on_without_updates(run)
+            if result.stop:
+                return str(next(names[0] for names in collect(run.world, run.stop.signals) if names))
+            if evaluation_is_due(run):
+                evaluate_dev(run)
+            if run.progress.step % run.config.checkpoint.every == 0:
+                save_checkpoint(run)
+            if is_hopeless(run):
+                break
+            began = time.perf_counter()
+    finally:
+        run.console.stop_steps()
+        batches.close()
+    return ""
+
+
+def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, parts: dict[str, float]) -> None:
+    """A line in metrics.jsonl, and what a person sees."""
+    metrics: dict[str, Any] = {
+        "step": plan.step + 1,
+        "epoch": plan.epoch,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "tokens": plan.num_tokens,
+        "seconds": seconds,
+        "tokens_per_second": plan.num_tokens / seconds,
+        **parts,
+    }
+    if run.world.rank == 0:
+        # JSON has no NaN and no infinity.
+        finite = {key: None if not math.isfinite(value) else value for key, value in metrics.items()}
+        run.directory.add_metrics(finite)
+    if not result.updated:
+        run.console.warn(f"step {plan.step + 1}: loss or gradient is not finite; all ranks skip this update")
+    run.console.step(metrics, run.num_steps)
+
+
+def refuse_to_go_on_without_updates(run: Run) -> None:
+    """Raise on all ranks after too many skipped steps in a row: the counters are the same everywhere."""
+    if run.stepper.skipped_in_a_row >= run.config.train.max_skipped_steps:
+        error = MpitrainError(
+            f"{run.stepper.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (the last is "
+            f"step {run.progress.step}); try a lower --train.learning_rate or --train.precision fp32"
+        )
+        error.agreed = True
+        raise error
+
+
+def evaluation_is_due(run: Run) -> bool:
+    """At the end of every epoch and of the run, once."""
+    step = run.progress.step
+    at_end = step > 0 and (step % run.plan.steps_per_epoch == 0 or step == run.num_steps)
+    return "dev" in run.splits and at_end and run.progress.evaluated_step != step
+
+
+def evaluate_dev(run: Run) -> None:
+    """Score the dev split, remember the best, and save it (collective)."""
+    progress = run.progress
+    began = time.perf_counter()
+    scores, _ = evaluate(run.executor, run.place, run.problem, run.splits["dev"])
+    progress.evaluated_step = progress.step
+    better = scores["f1_conlleval"] > progress.best_f1
+    progress.evaluations_without_gain = 0 if better else progress.evaluations_without_gain + 1
+    epoch = progress.step / run.plan.steps_per_epoch
+    run.console.say(
+        "dev",
+        f"epoch {epoch:g}: F1 {scores['f1_conlleval']:.4f}  loss {scores['loss']:.4f}  token accuracy "
+        f"{scores['token_accuracy']:.4f}{'  best so far' if better else ''}  ({time.perf_counter() - began:.1f} s)",
+    )
+    if better:
+        progress.best_f1, progress.best_step = scores["f1_conlleval"], progress.step
+        if run.config.checkpoint.best:
+            save_checkpoint(run)
+
+
+def is_hopeless(run: Run) -> bool:
+    """Whether patience is at its end."""
+    patience = run.config.train.early_stopping
+    return bool(patience) and run.progress.evaluations_without_gain >= patience
+
+
+def report_best(run: Run) -> None:
+    """Scores of dev and test by the best weights, or by the last ones if those are not kept (collective)."""
+    best = run.directory.checkpoints / f"step-{max(0, run.progress.best_step):08d}"
+    if run.config.checkpoint.best and run.progress.best_step not in (-1, run.progress.step):
+        weights = [piece for piece in run.optimizer.slices() if piece.kind == "weight"]
+        fill(run.world, best, verify(run.world, best), weights)
+        run.optimizer.publish()
+        run.reducer.gather_weights()
+        run.console.say("best", f"weights of step {run.progress.best_step}, the best on dev")
+    reports = {}
+    for name in ("dev", "test"):
+        if name in run.splits:
+            reports[name], replicas = evaluate(run.executor, run.place, run.problem, run.splits[name])
+    if reports:
+        run.console.show(score_table(f"{name}: entity scores (conlleval)", reports[name], replicas))
+        if run.world.rank == 0:
+            run.directory.write("eval.json", reports)

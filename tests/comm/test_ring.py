@@ -1,0 +1,71 @@
+"""Our own all-reduce against sums that NumPy makes, and the same bits on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from mpitrain.comm import ring
+from mpitrain.comm.buffers import Transport, memory
+from mpitrain.runtime.agree import collect
+from mpitrain.split import part
+
+pytestmark = pytest.mark.mpi(min_size=1)
+LENGTHS = [0, 1, 2, 3, 7, 8, 9, 97, 4099, 70001]
+
+
+def contribution(rank: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+    values = np.random.Generator(np.random.Philox(key=[rank, length])).standard_normal(length)
+    return torch.from_numpy(values).to(dtype)
+
+
+@pytest.mark.parametrize("patient", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_all_reduce_is_the_sum_with_the_same_bits_on_every_rank(comm, length, dtype, patient):
+    flat = contribution(comm.rank, length, dtype)
+    ring.all_reduce(comm, flat, Transport(patient=patient))
+    expected = sum(contribution(rank, length, dtype).double() for rank in range(comm.size))
+    precision = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    torch.testing.assert_close(flat.double(), expected, rtol=precision, atol=precision * comm.size)
+    bits = hashlib.sha256(bytes(memory(flat))).hexdigest()
+    assert len(set(collect(comm, bits))) == 1
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_reduce_scatter_leaves_the_sum_in_the_own_chunk(comm, length):
+    flat = contribution(comm.rank, length, torch.float32)
+    ring.reduce_scatter(comm, flat, Transport())
+    own = slice(*part(comm.rank, length, comm.size))
+    expected = sum(contribution(rank, length, torch.float32) for rank in range(comm.size))
+    torch.testing.assert_close(flat[own], expected[own], rtol=1e-5, atol=1e-5)
+
+
+def test_a_bf16_wire_sums_in_fp32(comm):
+    # 256 + 1 is 256 in bf16: only a sum that is kept in fp32 between hops can see the ones of its own rank.
+    flat = torch.full((1000,), 1.0) if comm.rank else torch.full((1000,), 0.5)
+    ring.reduce_scatter(comm, flat, Transport(), torch.bfloat16)
+    own = slice(*part(comm.rank, 1000, comm.size))
+    assert torch.equal(flat[own], torch.full_like(flat[own], comm.size - 0.5))
+
+
+def test_minus_zero_and_denormals_survive(comm):
+    flat = torch.tensor([-0.0, 1e-42, 0.0])
+    ring.all_reduce(comm, flat, Transport())
+    assert torch.equal(flat, torch.tensor([-0.0, 1e-42, 0.0]) * comm.size)
+    assert torch.signbit(flat[0])
+
+
+def test_large_tensors_travel_in_several_messages(comm, monkeypatch):
+    monkeypatch.setattr(ring, "MAX_MESSAGE", 100)
+    flat = torch.arange(1001, dtype=torch.float32)
+    ring.all_reduce(comm, flat, Transport())
+    assert torch.equal(flat, torch.arange(1001, dtype=torch.float32) * comm.size)
+
+
+def test_a_view_with_gaps_is_refused(comm):
+    with pytest.raises(ValueError, match="flat contiguous"):
+        ring.all_reduce(comm, torch.zeros(10)[::2], Transport())

@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from mpitrain.model.dropout import KeyedDropout
+
+
+def kept(dropout, shape=(64, 33), probability=0.25, site=3, dtype=torch.float32, part=0):
+    return dropout(torch.ones(shape, dtype=dtype), probability, site, part) != 0
+
+
+def test_the_same_key_drops_the_same_elements_whatever_was_drawn_before():
+    first = kept(KeyedDropout(1, 2, 3))
+    other = KeyedDropout(1, 2, 3)
+    kept(other, site=9)
+    torch.rand(5)
+    assert torch.equal(first, kept(other))
+
+
+@pytest.mark.parametrize("key", [(2, 2, 3), (1, 3, 3), (1, 2, 4)])
+def test_another_seed_step_or_micro_batch_drops_others(key):
+    assert not torch.equal(kept(KeyedDropout(1, 2, 3)), kept(KeyedDropout(*key)))
+
+
+@pytest.mark.parametrize("place", [{"site": 4}, {"part": 1}])
+def test_another_place_drops_others(place):
+    assert not torch.equal(kept(KeyedDropout(1, 2, 3)), kept(KeyedDropout(1, 2, 3), **place))
+
+
+def test_the_mask_does_not_depend_on_the_dtype():
+    assert torch.equal(kept(KeyedDropout(0, 0, 0)), kept(KeyedDropout(0, 0, 0), dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_the_share_dropped_is_the_probability_and_the_mean_is_kept(probability):
+    x = KeyedDropout(0, 0, 0)(torch.ones(1000, 1000), probability, 0)
+    assert (x == 0).double().mean().item() == pytest.approx(probability, abs=0.002)  # 4 standard deviations
+    assert x.double().mean().item() == pytest.approx(1, abs=0.013)
+    assert x.max().item() == pytest.approx(1 / (1 - probability), rel=2e-4)
+
+
+def test_neighbouring_elements_and_rows_are_dropped_independently():
+    mask = kept(KeyedDropout(0, 0, 0), (1000, 1000), 0.5).double() - 0.5
+    for shift, axis in [(1, 0), (1, 1), (2, 1), (3, 1), (4, 1)]:
+        assert abs((mask * mask.roll(shift, axis)).mean().item()) < 0.25 * 4e-3
+
+
+def test_the_gradient_is_dropped_and_scaled_alike():
+    x = torch.randn(7, 5, requires_grad=True)
+    y = KeyedDropout(0, 0, 0)(x, 0.5, 0)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad * x, y)
+
+
+def test_probability_zero_and_tensors_without_elements_pass():
+    x = torch.randn(3, 3)
+    assert KeyedDropout(0, 0, 0)(x, 0.0, 0) is x
+    assert KeyedDropout(0, 0, 0)(torch.empty(0, 8), 0.5, 0).shape == (0, 8)

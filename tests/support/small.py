@@ -1,0 +1,122 @@
+"""A small training problem that any mesh can take, with lengths as unequal as real sentences have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpitrain.comm.buckets import fill_buckets
+from mpitrain.comm.buffers import Transport
+from mpitrain.comm.reducer import GradientReducer
+from mpitrain.config import Train
+from mpitrain.dataset.batches import TrainPlan
+from mpitrain.dataset.sequences import MemorySplit
+from mpitrain.model.bert import BertStage, block_costs, initialize
+from mpitrain.model.card import ModelCard
+from mpitrain.optim import ShardedAdamW
+from mpitrain.pipeline.balance import split_blocks
+from mpitrain.pipeline.executor import Executor
+from mpitrain.runtime import mesh as meshes
+from mpitrain.step import Stepper, load_micro_batches
+
+NUM_LABELS = 5
+
+
+def small_card(**changes: Any) -> ModelCard:
+    fields = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }
+    return ModelCard(**(fields | changes))
+
+
+def small_split(num_sequences: int = 61, seed: int = 1) -> MemorySplit:
+    """Sequences of 2 to 60 tokens, each token after the first labelled with probability one half."""
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    lengths = np.minimum(2 + generator.geometric(0.1, num_sequences), 60)
+    tokens = generator.integers(5, 97, lengths.sum())
+    labels = np.where(generator.random(lengths.sum()) < 0.5, tokens % NUM_LABELS, -100)
+    starts = np.cumsum(lengths) - lengths
+    labels[starts] = -100
+    labels[starts + 1] = 1
+    words = np.add.reduceat(labels >= 0, starts)
+    split = MemorySplit(tokens, labels >= 0, lengths, words, np.arange(num_sequences))
+    split._fields["labels"] = labels
+    return split
+
+
+@dataclass
+class Trained:
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    weights: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    updated: list[bool] = field(default_factory=list)
+
+
+def train_small(
+    comm: Any,
+    data: int,
+    pipe: int,
+    num_steps: int,
+    *,
+    device: str = "cpu",
+    card: ModelCard | None = None,
+    schedule: str = "1f1b",
+    keep_weights: tuple[int, ...] = (),
+    spoil: Any = None,
+    algorithm: str = "ring",
+    **options: Any,
+) -> Trained:
+    """Train on a mesh; weights are this rank's own stage, by name, after the steps in `keep_weights`."""
+    card = card or small_card()
+    settings = Train(**({"batch_size": 14, "micro_batches": 8, "learning_rate": 3e-3, "max_grad_norm": 0.4} | options))
+    mesh = meshes.build(comm, data, pipe)
+    transport = Transport(torch.device(device), patient=True)
+    stage = BertStage(card, NUM_LABELS, *split_blocks(block_costs(card, NUM_LABELS, 20.0), pipe)[mesh.stage])
+    initialize(stage, card, settings.seed)
+    stage.to(device)
+    buckets = fill_buckets(stage, 20_000)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+    optimizer = ShardedAdamW(buckets, mesh.replica, data, settings, dtype)
+    reducer = GradientReducer(mesh.data_axis, buckets, transport, algorithm=algorithm)
+    executor = Executor(stage, mesh, transport, card.hidden_size)
+    stepper = Stepper(
+        mesh,
+        executor,
+        reducer,
+        optimizer,
+        schedule=schedule,
+        options=settings,
+        num_steps=num_steps,
+        peak_learning_rate=settings.learning_rate,
+    )
+    split = small_split()
+    plan = TrainPlan(
+        split.index.lengths,
+        split.index.words,
+        batch_size=settings.batch_size,
+        micro_batches=settings.micro_batches,
+        hidden_size=card.hidden_size,
+        seed=settings.seed,
+    )
+    trained = Trained()
+    for step in range(num_steps):
+        micro_batches = load_micro_batches(plan.step(step), split, mesh, torch.device(device), settings.seed)
+        if spoil is not None:
+            spoil(step, mesh, stage)
+        result = stepper.run(plan.step(step), micro_batches, False)
+        trained.losses.append(result.loss)
+        trained.grad_norms.append(result.grad_norm)
+        trained.updated.append(result.updated)
+        if step + 1 in keep_weights:
+            trained.weights[step + 1] = {n: p.detach().float().cpu().clone() for n, p in stage.named_parameters()}
+    reducer.close()
+    mesh.free()
+    return trained

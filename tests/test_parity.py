@@ -1,0 +1,115 @@
+"""The result does not depend on the mesh: losses, gradient norms and weights against one rank, dropout on, clipping on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import pytest
+import torch
+from mpi4py import MPI
+from small import small_card, train_small
+
+from mpitrain.runtime.agree import collect, share
+
+MESHES = {2: [(2, 1), (1, 2)], 3: [(3, 1), (1, 3)], 4: [(2, 2), (1, 4), (4, 1)], 8: [(4, 2), (2, 4)]}
+AT = (1, 10, 40)
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+
+def meshes_of(comm) -> list[tuple[int, int]]:
+    return MESHES.get(comm.size, [])
+
+
+def one_rank(num_steps: int, **options):
+    """The reference run, made by each rank for itself on a communicator of one."""
+    return train_small(MPI.COMM_SELF, 1, 1, num_steps, keep_weights=AT, **options)
+
+
+def relative(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference by norm, over all weights of the stage.
+
+    Not by parameter: softmax ignores a shift of all scores, so the true gradient of a key bias is 0, and AdamW makes
+    steps of rounding noise there on any mesh.
+    """
+    difference = sum(float((values - expected[name]).double().square().sum()) for name, values in actual.items())
+    size = sum(float(expected[name].double().square().sum()) for name in actual)
+    return math.sqrt(difference / size)
+
+
+def assert_equal_runs(run, reference, tolerance: float) -> None:
+    for step in AT:
+        assert run.losses[step - 1] == pytest.approx(reference.losses[step - 1], rel=tolerance)
+        assert run.grad_norms[step - 1] == pytest.approx(reference.grad_norms[step - 1], rel=tolerance)
+        assert relative(run.weights[step], reference.weights[step]) < tolerance
+
+
+def test_any_mesh_gives_the_numbers_of_one_rank(comm):
+    reference = one_rank(40)
+    assert max(reference.grad_norms) > 0.4, "clipping must be active, or its norm is not tested"
+    for data, pipe in meshes_of(comm):
+        run = train_small(comm, data, pipe, 40, keep_weights=AT)
+        assert_equal_runs(run, reference, 1e-5)
+
+
+def test_gpipe_gives_the_same_numbers(comm):
+    reference = one_rank(40)
+    for data, pipe in meshes_of(comm):
+        if pipe > 1:
+            run = train_small(comm, data, pipe, 40, keep_weights=AT, schedule="gpipe")
+            assert_equal_runs(run, reference, 1e-5)
+
+
+def test_replicas_are_bit_equal(comm):
+    for data, pipe in meshes_of(comm):
+        run = train_small(comm, data, pipe, 5, keep_weights=(5,), precision="bf16" if pipe > 1 else "fp32")
+        bits = {name: hashlib.sha256(v.numpy().tobytes()).hexdigest() for name, v in run.weights[5].items()}
+        seen: dict[str, set[str]] = {}
+        for hashes in collect(comm, bits):
+            for name, value in hashes.items():
+                seen.setdefault(name, set()).add(value)
+        assert all(len(values) == 1 for values in seen.values())
+
+
+def test_mpis_own_collectives_give_the_same_numbers(comm):
+    reference = one_rank(10)
+    run = train_small(comm, comm.size, 1, 10, algorithm="native")
+    assert run.losses == pytest.approx(reference.losses, rel=1e-5)
+
+
+def test_fewer_micro_batches_than_replicas_leave_some_without_work(comm):
+    reference = one_rank(10, micro_batches=1, batch_size=5)
+    run = train_small(comm, comm.size, 1, 10, micro_batches=1, batch_size=5)
+    assert run.losses == pytest.approx(reference.losses, rel=1e-5)
+    assert run.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
+
+
+def test_micro_batches_do_not_change_the_loss_without_dropout(comm):
+    card = small_card(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    losses = [train_small(comm, comm.size, 1, 10, card=card, micro_batches=count).losses for count in (1, 3, 14)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_nan_on_one_rank_is_skipped_by_all_together(comm):
+    def spoil(step, mesh, stage):
+        if step == 2 and mesh.world.rank == comm.size - 1:
+            next(iter(stage.parameters())).grad.fill_(math.nan)
+            hooks.append(next(iter(stage.parameters())).register_hook(lambda grad: grad * math.nan))
+        elif hooks:
+            hooks.pop().remove()
+
+    for data, pipe in meshes_of(comm):
+        hooks: list = []
+        run = train_small(comm, data, pipe, 5, spoil=spoil, keep_weights=(2, 3, 5))
+        assert run.updated == [True, True, False, True, True]
+        assert all(torch.equal(run.weights[2][name], values) for name, values in run.weights[3].items())
+        assert all(values.isfinite().all() for values in run.weights[5].values())
+
+
+def test_fp16_halves_its_loss_scale_on_all_ranks_until_gradients_are_finite(comm):
+    run = train_small(comm, comm.size, 1, 12, precision="fp16")
+    assert run.updated[-1]
+    assert share(comm, run.losses) == run.losses
+    assert run.losses[-1] < run.losses[0]
