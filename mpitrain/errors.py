@@ -43,6 +43,12 @@ class CheckpointError(MpitrainError):
     code = ExitCode.NO_CHECKPOINT
 
 
+def on_all_ranks(error: MpitrainError) -> MpitrainError:
+    """Mark an error that every rank is about to raise, because every rank looked at the same values."""
+    error.agreed = True
+    return error
+
+
 def error_of(code: int, message: str) -> MpitrainError:
     """Rebuild on this rank the error that another rank met."""
     kinds = {kind.code: kind for kind in (UsageError, DataError, CheckpointError)}

@@ -78,6 +78,7 @@ def _find_resume(run: Run) -> tuple[Path, Manifest] | None:
 
 
 def _check_identity(place: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    then, now = ({**identity, **identity["model"], "model": None} for identity in (then, now))
     differences = [f"{key}: {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]]
     if differences:
         raise UsageError(

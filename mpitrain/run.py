@@ -15,7 +15,7 @@ from mpitrain.comm.reducer import GradientReducer
 from mpitrain.config import Config
 from mpitrain.dataset.batches import TrainPlan
 from mpitrain.dataset.loader import Split, open_split
-from mpitrain.errors import DataError, UsageError
+from mpitrain.errors import DataError, UsageError, on_all_ranks
 from mpitrain.observe.console import Console
 from mpitrain.observe.record import RunDirectory, next_run_directory
 from mpitrain.optim import ShardedAdamW
@@ -99,7 +99,7 @@ def _open(place: Place, problem: Problem, name: str) -> Split | None:
 def make_plan(config: Config, problem: Problem, splits: dict[str, Split]) -> tuple[TrainPlan, int]:
     """The order of the data and the number of steps."""
     if "train" not in splits or len(splits["train"].index.lengths) == 0:
-        raise DataError(f"{problem.directory}: there is no train split; training needs one")
+        raise on_all_ranks(DataError(f"{problem.directory}: there is no train split; training needs one"))
     index, options = splits["train"].index, config.train
     plan = TrainPlan(
         index.lengths,

@@ -11,7 +11,7 @@ from mpitrain.checkpoint.load import fill, verify
 from mpitrain.config import Config
 from mpitrain.dataset.batches import StepPlan
 from mpitrain.dataset.loader import prefetch
-from mpitrain.errors import ExitCode, MpitrainError
+from mpitrain.errors import ExitCode, MpitrainError, on_all_ranks
 from mpitrain.evaluate import evaluate
 from mpitrain.observe.console import Console, score_table
 from mpitrain.resume import resume, save_checkpoint
@@ -102,12 +102,12 @@ def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, pa
 def refuse_to_go_on_without_updates(run: Run) -> None:
     """Raise on all ranks after too many skipped steps in a row: the counters are the same everywhere."""
     if run.stepper.skipped_in_a_row >= run.config.train.max_skipped_steps:
-        error = MpitrainError(
-            f"{run.stepper.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (the last is "
-            f"step {run.progress.step}); try a lower --train.learning_rate or --train.precision fp32"
+        raise on_all_ranks(
+            MpitrainError(
+                f"{run.stepper.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (the last "
+                f"is step {run.progress.step}); try a lower --train.learning_rate or --train.precision fp32"
+            )
         )
-        error.agreed = True
-        raise error
 
 
 def evaluation_is_due(run: Run) -> bool:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.runtime.agree import Comm, collect
 
 MAX_MESSAGE = 1 << 30  # bytes; Open MPI 5.0 refuses messages of more than 2^31
-NAP = 50e-6  # seconds between two looks at pending requests
+SHORTEST_NAP, LONGEST_NAP = 20e-6, 1e-3  # seconds between two looks at pending requests
 
 
 def memory(tensor: torch.Tensor) -> Any:
@@ -38,7 +38,7 @@ def cuda_aware(comm: Comm) -> bool:
     answers = collect(comm, forced if forced else str(int(_library_says_aware())))
     wrong = [answer for answer in answers if answer not in ("0", "1")]
     if wrong:
-        raise UsageError(f"environment: MPITRAIN_GPU_AWARE is {wrong[0]!r}; 0 (staged) or 1 (direct) would work")
+        raise on_all_ranks(UsageError(f"MPITRAIN_GPU_AWARE is {wrong[0]!r}; 0 (staged) or 1 (direct) would work"))
     return all(answer == "1" for answer in answers)
 
 
@@ -97,8 +97,11 @@ class Transport:
         if not self.patient:
             MPI.Request.Waitall(requests)
             return
+        began = time.perf_counter()
         while not MPI.Request.Testall(requests):
-            time.sleep(NAP)
+            # In proportion to the wait so far: an eighth too late at most, and a long wait costs others no time.
+            nap = (time.perf_counter() - began) / 8
+            time.sleep(min(max(nap, SHORTEST_NAP), LONGEST_NAP))
 
 
 @dataclass

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+from pydantic import BaseModel, ConfigDict
 
 from mpitrain.dataset.conll import Sentence
 from mpitrain.dataset.recipe import Recipe, Split
 from mpitrain.errors import DataError
+
+
+class SplitSummary(BaseModel):
+    """What a person wants to know of a split: counts, the longest sentence in words, what was normalised."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sentences: int
+    words: int
+    pieces: int
+    longest_sentence: int
+    labels: dict[str, int]
+    normalised: dict[str, int]
 
 
 @dataclass
@@ -52,6 +68,20 @@ class Census:
             whole.empty_words += part.empty_words
             whole.loose_insides += part.loose_insides
         return whole
+
+    def summary(self, pieces: int, oddities: Iterable[Mapping[str, int]]) -> SplitSummary:
+        """For `dataset.json`, with what reading and tokenizing counted."""
+        normalised = Counter({"empty words": self.empty_words, "I- that follows no B-": self.loose_insides})
+        for counts in oddities:
+            normalised.update(counts)
+        return SplitSummary(
+            sentences=self.sentences,
+            words=sum(self.labels.values()),
+            pieces=pieces,
+            longest_sentence=self.longest,
+            labels=dict(sorted(self.labels.items())),
+            normalised={what: count for what, count in sorted(normalised.items()) if count},
+        )
 
 
 def label_names(recipe: Recipe, censuses: dict[Split, Census]) -> list[str]:

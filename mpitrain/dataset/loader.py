@@ -58,7 +58,9 @@ def open_split(comm: Comm, directory: Path, info: DatasetInfo, name: str) -> Spl
     return Split(comm, directory, info, name) if share(comm, name in info.splits) else None
 
 
-def prefetch(items: Iterable[Item], make: Callable[[Item], Made], depth: int = 2) -> Generator[tuple[Item, Made], None, None]:
+def prefetch(
+    items: Iterable[Item], make: Callable[[Item], Made], depth: int = 2
+) -> Generator[tuple[Item, Made], None, None]:
     """Yield (item, make(item)) in order; up to `depth` are made ahead of time by a thread.
 
     What `make` raises is raised here, in the caller's thread. Closing the iterator ends the thread.

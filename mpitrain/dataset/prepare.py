@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 from tokenizers import Tokenizer
 
 from mpitrain.dataset.cache import cache_directory, commit, fingerprint, holds
-from mpitrain.dataset.census import Census, label_names
+from mpitrain.dataset.census import Census, SplitSummary, label_names
 from mpitrain.dataset.conll import FileIndex, index_file, read_sentences
 from mpitrain.dataset.recipe import SPLITS, Recipe, Split
 from mpitrain.dataset.shards import (
@@ -30,7 +30,6 @@ from mpitrain.dataset.shards import (
     DatasetInfo,
     ShardEntry,
     Source,
-    SplitSummary,
     file_hash,
     open_dataset,
     write_shard,
@@ -238,10 +237,8 @@ class _Preparation:
                 try:
                     aside.mkdir(parents=True)
                 except OSError as error:
-                    raise UsageError(
-                        f"{out.parent}: cannot be written: {error.strerror}; choose another directory, or for the "
-                        f"cache set MPITRAIN_CACHE to one"
-                    ) from None
+                    advice = "choose another directory; MPITRAIN_CACHE is that of the cache"
+                    raise UsageError(f"{out.parent}: cannot be written: {error.strerror}; {advice}") from None
         with together(self.comm, f"looking for {aside}"):
             if not aside.is_dir():
                 raise UsageError(f"{out.parent}: not seen by rank {self.comm.rank}; choose a shared file system")
@@ -274,18 +271,8 @@ def _source(path: Path) -> Source:
 
 
 def _summary(index: FileIndex, census: Census, shards: list[tuple[ShardEntry, dict[str, int]]]) -> SplitSummary:
-    normalised = Counter(index.dropped)
-    normalised.update({"empty words": census.empty_words, "I- that follows no B-": census.loose_insides})
-    for _, counts in shards:
-        normalised.update(counts)
-    return SplitSummary(
-        sentences=census.sentences,
-        words=sum(census.labels.values()),
-        pieces=sum(entry.tokens - 2 * entry.sequences for entry, _ in shards),
-        longest_sentence=census.longest,
-        labels=dict(sorted(census.labels.items())),
-        normalised={what: count for what, count in sorted(normalised.items()) if count},
-    )
+    pieces = sum(entry.tokens - 2 * entry.sequences for entry, _ in shards)  # [CLS] and [SEP] are no pieces of words
+    return census.summary(pieces, [index.dropped, *(counts for _, counts in shards)])
 
 
 def describe(directory: Path) -> Group:
@@ -295,7 +282,7 @@ def describe(directory: Path) -> Group:
         DataError: the directory holds no dataset.
     """
     info = open_dataset(directory)
-    counts = Table("split", "sentences", "words", "pieces", "sequences", "shards", "longest", title=info.name)
+    counts = Table("split", "sentences", "words", "pieces", "sequences", "shards", "longest", title=escape(info.name))
     labels = Table("label", *info.summary)
     for split, summary in info.summary.items():
         shards = info.splits[split]
@@ -303,11 +290,12 @@ def describe(directory: Path) -> Group:
         row = (summary.sentences, summary.words, summary.pieces, sequences, len(shards), summary.longest_sentence)
         counts.add_row(split, *(f"{number:,}" for number in row))
     for label in info.label_names:
-        labels.add_row(label, *(f"{summary.labels.get(label, 0):,}" for summary in info.summary.values()))
+        labels.add_row(escape(label), *(f"{summary.labels.get(label, 0):,}" for summary in info.summary.values()))
     notes = [
         f"{split}: {count:,} x {what}"
         for split, summary in info.summary.items()
         for what, count in summary.normalised.items()
     ]
-    facts = f"vocabulary {info.vocab_size:,}, up to {info.max_length} tokens a sequence, license: {info.license or '-'}"
+    license = escape(info.license or "-")
+    facts = f"vocabulary {info.vocab_size:,}, up to {info.max_length} tokens a sequence, license: {license}"
     return Group(counts, labels, facts, *notes)

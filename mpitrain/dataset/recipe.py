@@ -129,7 +129,9 @@ def recipe_of_files(files: Sequence[str]) -> Recipe:
     missing = [file for file in files if not Path(file).is_file()]
     if missing:
         raise DataError(f"prepare: found no file {', '.join(missing)}")
-    return _plain_recipe(Path(files[0]).stem, {split: Path(file).resolve() for split, file in zip(SPLITS, files, strict=False)})
+    return _plain_recipe(
+        Path(files[0]).stem, {split: Path(file).resolve() for split, file in zip(SPLITS, files, strict=False)}
+    )
 
 
 def _plain_recipe(name: str, files: dict[Split, Path]) -> Recipe:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mpitrain.dataset.census import SplitSummary
 from mpitrain.dataset.recipe import Split
 from mpitrain.dataset.tokenize import Encoded
 from mpitrain.errors import DataError
@@ -59,19 +60,6 @@ class Source(BaseModel):
     file: str
     bytes: Count
     sha256: Sha256
-
-
-class SplitSummary(BaseModel):
-    """What a person wants to know of a split: counts, the longest sentence in words, what was normalised."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    sentences: Count
-    words: Count
-    pieces: Count
-    longest_sentence: Count
-    labels: dict[str, Count]
-    normalised: dict[str, Count]
 
 
 class DatasetInfo(BaseModel):

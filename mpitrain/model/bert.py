@@ -21,6 +21,7 @@ from mpitrain.errors import DataError
 from mpitrain.model.attention import PackedLayout, packed_attention
 from mpitrain.model.card import ModelCard
 from mpitrain.model.dropout import KeyedDropout
+from mpitrain.model.linear import linear
 
 IGNORED_LABEL = -100
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -50,8 +51,8 @@ class Weights(nn.Module):
             self.bias = nn.Parameter(torch.full(shape[:1], torch.nan))
 
     def linear(self, x: Tensor) -> Tensor:
-        """[..., shape[1]] to [..., shape[0]]."""
-        return F.linear(x, self.weight, self.bias)
+        """[num_tokens, shape[1]] to [num_tokens, shape[0]]."""
+        return linear(x, self.weight, self.bias)
 
     def layer_norm(self, x: Tensor, epsilon: float) -> Tensor:
         """Normalise over the last dimension; torch keeps the statistics of bf16 input in float32."""

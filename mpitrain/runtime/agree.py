@@ -14,7 +14,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpitrain.errors import ExitCode, MpitrainError, error_of
+from mpitrain.errors import ExitCode, MpitrainError, error_of, on_all_ranks
 
 Comm = MPI.Intracomm
 
@@ -82,6 +82,4 @@ def together(comm: Comm, what: str) -> Iterator[None]:
     rank, (code, message) = next((r, found) for r, found in enumerate(collect(comm, mine)) if found)
     if error is not None and not isinstance(error, MpitrainError):
         raise error
-    agreed = error_of(code, f"rank {rank}, while {what}: {message}" if code == ExitCode.FAULT else message)
-    agreed.agreed = True
-    raise agreed
+    raise on_all_ranks(error_of(code, f"rank {rank}, while {what}: {message}" if code == ExitCode.FAULT else message))

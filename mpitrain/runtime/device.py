@@ -7,7 +7,7 @@ import os
 import torch
 from mpi4py import MPI
 
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.runtime.agree import Comm, collect
 
 
@@ -20,7 +20,8 @@ def choose_device(comm: Comm, wanted: str) -> torch.device:
     available = torch.cuda.is_available()
     with_gpu = collect(comm, available)
     if wanted == "cuda" and not all(with_gpu):
-        raise UsageError(f"--train.device cuda: no GPU on rank(s) {[r for r, gpu in enumerate(with_gpu) if not gpu]}")
+        without = [rank for rank, gpu in enumerate(with_gpu) if not gpu]
+        raise on_all_ranks(UsageError(f"--train.device cuda: no GPU on rank(s) {', '.join(map(str, without))}"))
     if wanted == "cpu" or not all(with_gpu):
         return torch.device("cpu")
     device = torch.device("cuda", place_on_node(comm)[0] % torch.cuda.device_count())

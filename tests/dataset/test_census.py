@@ -37,7 +37,9 @@ def test_inside_of_a_known_type_may_be_new_in_dev():
     assert label_names(recipe(), {"train": census("B-A"), "dev": census("B-A I-A")}) == ["O", "B-A", "I-A"]
 
 
-@pytest.mark.parametrize(("fields", "among"), [({}, "the train split"), ({"labels": ["O", "B-A"]}, "the recipe's labels")])
+@pytest.mark.parametrize(
+    ("fields", "among"), [({}, "the train split"), ({"labels": ["O", "B-A"]}, "the recipe's labels")]
+)
 def test_an_unseen_label_names_file_line_and_label(fields, among):
     with pytest.raises(DataError, match=rf"b\.conll:12: found label 'B-C', .* {among}: O, B-A"):
         label_names(recipe(**fields), {"train": census("O B-A"), "dev": census("O", "B-C B-D", line=10)})

@@ -15,7 +15,9 @@ def write_recipe(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", sorted(path for place in shelf.shelves("data") for path in place.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(path for place in shelf.shelves("data") for path in place.glob("*.toml")), ids=lambda path: path.stem
+)
 def test_every_recipe_on_the_shelf_loads_or_says_what_to_fetch(path, monkeypatch):
     monkeypatch.delenv("MPITRAIN_DATA", raising=False)
     try:
@@ -64,11 +66,20 @@ def test_all_mistakes_of_a_recipe_are_named_at_once(tmp_path):
     path = write_recipe(tmp_path, 'separator = "comma"\ncolour = "red"\nword_column = -1\n[files]\ntraining = "a"\n')
     with pytest.raises(DataError) as caught:
         load_recipe(path)
-    assert all(word in str(caught.value) for word in ("mine.toml", "separator", "colour", "word_column", "files.training"))
+    assert all(
+        word in str(caught.value) for word in ("mine.toml", "separator", "colour", "word_column", "files.training")
+    )
 
 
 @pytest.mark.parametrize(
-    "fields", [{"word_column": 2, "tag_column": 2}, {"labels": ["O", "PER"]}, {"labels": ["O", "O"]}, {"comment": " #"}, {"files": {}}]
+    "fields",
+    [
+        {"word_column": 2, "tag_column": 2},
+        {"labels": ["O", "PER"]},
+        {"labels": ["O", "O"]},
+        {"comment": " #"},
+        {"files": {}},
+    ],
 )
 def test_contradictions_are_refused(fields):
     with pytest.raises(ValueError, match=r"tag_column|labels|comment|files"):

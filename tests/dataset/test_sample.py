@@ -59,7 +59,9 @@ def test_most_names_of_dev_and_test_are_new_even_without_case(corpus, split):
 
 
 def test_one_word_is_person_place_and_organisation_by_context(corpus):
-    roles = {tag for found in corpus["train"] for word, tag in zip(found.words, found.tags, strict=True) if word == "Jordan"}
+    roles = {
+        tag for found in corpus["train"] for word, tag in zip(found.words, found.tags, strict=True) if word == "Jordan"
+    }
     assert {"B-PER", "B-LOC", "B-ORG"} <= roles
 
 

@@ -57,10 +57,10 @@ def test_training_gives_the_same_tokenizer_in_every_process_and_for_any_number_o
 
 
 def test_special_tokens_come_first_and_the_size_is_kept():
-    small = train_tokenizer(TEXT, 90, True)
+    small = train_tokenizer(TEXT, 70, True)
     assert [small.id_to_token(number) for number in range(5)] == SPECIAL_TOKENS
-    assert small.get_vocab_size() == 90
-    assert sorted(small.get_vocab().values()) == list(range(90))
+    assert small.get_vocab_size() == 70
+    assert sorted(small.get_vocab().values()) == list(range(70))
     assert small.encode("lower house").tokens[0] == "[CLS]"
 
 
@@ -90,7 +90,8 @@ def test_truncation_stored_in_a_tokenizer_does_not_cut_sentences(uncased, tmp_pa
     stored.enable_truncation(4)
     stored.enable_padding(length=9)
     stored.save(str(tmp_path / "tokenizer.json"))
-    assert encode_sentences(load_tokenizer(tmp_path), [["the"] * 9], 64).offsets.tolist() == [0, 11]
+    encoded = encode_sentences(load_tokenizer(tmp_path), [["the"] * 9], 64)
+    assert encoded.tokens.tolist() == [2, *[uncased.token_to_id("the")] * 9, 3]
 
 
 @pytest.mark.parametrize(
@@ -161,13 +162,14 @@ def test_max_length_without_room_for_a_word_is_refused(uncased):
 @given(sentences=st.lists(st.lists(st.text(max_size=12), max_size=9), max_size=5), max_length=st.integers(3, 12))
 def test_no_word_is_ever_lost(uncased, sentences, max_length):
     encoded = encode_sentences(uncased, sentences, max_length)
-    expected = [sum(map(len, sentences))] * 3
-    assert [encoded.words.sum(), encoded.word_starts.sum(), sum(np.diff(encoded.offsets) > 0) and expected[0]] == expected
+    assert encoded.words.sum() == encoded.word_starts.sum() == sum(map(len, sentences))
     per_sentence = np.bincount(encoded.sentences, encoded.words, minlength=len(sentences))
     assert per_sentence.tolist() == [len(words) for words in sentences]
     assert all(3 <= length <= max_length for length in np.diff(encoded.offsets))
     assert all(found[0] == 2 and found[-1] == 3 for found in sequences(encoded) if found)
-    alone = [encode_sentences(uncased, [[word]], max_length).tokens[1:-1].tolist() for words in sentences for word in words]
+    alone = [
+        encode_sentences(uncased, [[word]], max_length).tokens[1:-1].tolist() for words in sentences for word in words
+    ]
     inner = [token for found in sequences(encoded) for token in found[1:-1]]
     assert inner == [token for pieces in alone for token in pieces], "a word's pieces do not depend on its neighbours"
 

@@ -1,0 +1,61 @@
+# From an empty machine with Python to a trained model (make run) and to a tested checkout (make test).
+
+PYTHON ?= python3
+MPI ?= mpich
+# Never two MPIs in one environment: both bring bin/mpirun and lib/libmpi.so.
+VENV ?= $(if $(filter mpich,$(MPI)),.venv,.venv-$(MPI))
+NP ?= 8
+ARGS ?=
+
+BIN = $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: help run test test-gpu lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo 'Variables: NP=8 (ranks), ARGS= (more arguments), MPI=mpich|openmpi, VENV=.venv, PYTHON=python3'
+
+run: $(VENV)/.installed  ## train on NP ranks; ARGS are mpitrain's arguments
+	$(BIN)/mpirun -np $(NP) $(BIN)/python -m mpitrain $(ARGS)
+
+test: $(VENV)/.installed-dev  ## all tests that need no GPU, on 1 to 8 ranks; ARGS are pytest's arguments
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU, on 1, 2 and 4 ranks; fails where there is none
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## style, types, import rules, shell scripts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/shellcheck .ci/run jobs/*.sh
+
+bench: $(VENV)/.installed-dev  ## our all-reduce against MPI_Allreduce on NP ranks
+	$(BIN)/mpirun -np $(NP) $(BIN)/python tests/benchmarks/bench_reduce.py $(ARGS)
+
+clean:  ## remove environments and caches; runs are kept
+	rm -rf .venv .venv-* dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Python is an order-only prerequisite: it is a link, and the age of what it points to says nothing.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing mpitrain with $(MPI) into $(VENV) (minutes, the first time)"
+	$(PIP_INSTALL) --editable '.[$(MPI)]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing mpitrain with $(MPI) and what tests and checks need into $(VENV) (minutes, the first time)"
+	$(PIP_INSTALL) --editable '.[$(MPI),test,dev]'
+	@touch $(VENV)/.installed $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "error: found no $(PYTHON); install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); 3.11 is needed, or name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
