@@ -26,11 +26,12 @@ test: $(VENV)/.installed-dev  ## all tests that need no GPU, on 1 to 8 ranks; AR
 test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU, on 1, 2 and 4 ranks; fails where there is none
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-lint: $(VENV)/.installed-dev  ## style, types, import rules, shell scripts
+lint: $(VENV)/.installed-dev  ## style, spelling, types, import rules, shell scripts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 	$(BIN)/shellcheck .ci/run jobs/*.sh
 
 bench: $(VENV)/.installed-dev  ## our all-reduce against MPI_Allreduce on NP ranks

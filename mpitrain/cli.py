@@ -33,9 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 def command_parser(command: str) -> _Parser:
     """The arguments that belong to one command; all others are configuration fields."""
-    parser = _Parser(
-        prog=f"mpitrain {command}", description=COMMANDS[command], allow_abbrev=False, add_help=False
-    )
+    parser = _Parser(prog=f"mpitrain {command}", description=COMMANDS[command], allow_abbrev=False, add_help=False)
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="configuration file")
     if command == "prepare":
         parser.add_argument("files", nargs="*", metavar="FILE", help="train, dev and test text, instead of --data")
@@ -128,7 +126,7 @@ def _train(world: Any, options: argparse.Namespace, settings: Config, console: C
 
 
 def _prepare(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    from mpitrain.assemble import prepare_files
+    from mpitrain.problem import prepare_files
 
     directory = prepare_files(world, settings, options.files, console)
     show(world, console, directory)

@@ -171,7 +171,9 @@ class Config(BaseSettings):
         flags, table = cls.sources
         if flags is None:
             return (init_settings,)
-        command_line: CliSettingsSource[Any] = CliSettingsSource(settings_cls, cli_parse_args=list(flags), cli_prog_name="mpitrain")
+        command_line: CliSettingsSource[Any] = CliSettingsSource(
+            settings_cls, cli_parse_args=list(flags), cli_prog_name="mpitrain"
+        )
         return (command_line, env_settings, InitSettingsSource(settings_cls, table))
 
 

@@ -54,7 +54,9 @@ def describe_checkpoint(directory: Path) -> Group:
     num_weights = sum(prod(shape) for shape in manifest.tensors.values())
     head = [
         f"{directory}: step {progress.step}, written by {manifest.written_by}",
-        f"best dev F1 {progress.best_f1:.4f} at step {progress.best_step}" if progress.best_step >= 0 else "no dev score",
+        f"best dev F1 {progress.best_f1:.4f} at step {progress.best_step}"
+        if progress.best_step >= 0
+        else "no dev score",
         f"mesh {json.dumps(manifest.mesh)}; {num_weights:,} weights",
         f"labels {', '.join(manifest.identity.get('labels', []))}",
     ]

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpitrain.assemble import Place, Problem, find_data
 from mpitrain.config import Config
 from mpitrain.dataset.batches import Indices, evaluation_plan
 from mpitrain.dataset.loader import Split
@@ -23,6 +22,8 @@ from mpitrain.model.bert import token_loss
 from mpitrain.observe.console import Console, score_table
 from mpitrain.pipeline.executor import Executor, MicroBatch
 from mpitrain.pipeline.schedule import program
+from mpitrain.place import Place
+from mpitrain.problem import Problem, find_data
 from mpitrain.restore import open_checkpoint, restore_stage
 from mpitrain.runtime.agree import Comm, collect
 from mpitrain.runtime.mesh import Mesh
@@ -34,7 +35,7 @@ MICRO_BATCHES_AT_ONCE = 8  # bounds what a stage holds between its instructions
 def infer(
     executor: Executor, mesh: Mesh, plan: Sequence[Indices], split: Sequences, device: torch.device
 ) -> Iterator[tuple[Indices, torch.Tensor]]:
-    """This replica's share of a plan: (sequences, logits [num_tokens, num_labels]) on its last stage, nothing elsewhere.
+    """(sequences, logits [num_tokens, num_labels]) of this replica's share of a plan; nothing but on its last stage.
 
     Collective over the pipe axis, so every stage must exhaust it.
     """

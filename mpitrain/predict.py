@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpitrain.assemble import Place, Problem
 from mpitrain.dataset.batches import evaluation_plan
 from mpitrain.dataset.conll import read_input
 from mpitrain.dataset.sequences import MemorySplit
@@ -21,6 +20,8 @@ from mpitrain.dataset.tokenize import encode_sentences
 from mpitrain.errors import DataError
 from mpitrain.evaluate import TOKENS_PER_MICRO_BATCH, infer, words_per_sentence
 from mpitrain.pipeline.executor import Executor
+from mpitrain.place import Place
+from mpitrain.problem import Problem
 from mpitrain.runtime.agree import Comm, collect, share, share_array, together
 
 SENTENCES_AT_ONCE = 2048  # bounds rank 0's memory, whatever the input's size

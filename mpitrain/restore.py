@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from mpitrain.assemble import DTYPES, Place, Problem, find_place
 from mpitrain.checkpoint.load import fill, find_checkpoint, verify
 from mpitrain.checkpoint.manifest import Manifest
 from mpitrain.comm.buckets import StateSlice
@@ -18,6 +17,8 @@ from mpitrain.errors import CheckpointError
 from mpitrain.model.bert import BertStage, load_weights, parameter_shapes
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.executor import Executor
+from mpitrain.place import DTYPES, Place, find_place
+from mpitrain.problem import Problem
 from mpitrain.runtime.agree import Comm, share, together
 
 

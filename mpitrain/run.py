@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from mpitrain.assemble import DTYPES, Place, Problem, build_stage, find_place, find_problem
 from mpitrain.checkpoint.manifest import Progress
 from mpitrain.checkpoint.save import clear_left_overs
 from mpitrain.comm.buckets import fill_buckets
@@ -20,6 +19,8 @@ from mpitrain.observe.console import Console
 from mpitrain.observe.record import RunDirectory, next_run_directory
 from mpitrain.optim import ShardedAdamW
 from mpitrain.pipeline.executor import Executor
+from mpitrain.place import DTYPES, Place, build_stage, find_place
+from mpitrain.problem import Problem, find_problem
 from mpitrain.runtime.agree import Comm, share, together
 from mpitrain.runtime.launch import StopRequest
 from mpitrain.step import Stepper
@@ -116,9 +117,7 @@ def make_plan(config: Config, problem: Problem, splits: dict[str, Split]) -> tup
 def say_problem(console: Console, config: Config, problem: Problem) -> None:
     """What is trained on what."""
     assert problem.info is not None
-    sizes = (
-        f"{sum(entry.sentences for entry in entries):,} {name}" for name, entries in problem.info.splits.items()
-    )
+    sizes = (f"{sum(entry.sentences for entry in entries):,} {name}" for name, entries in problem.info.splits.items())
     console.say("data", f"{problem.info.name}: {', '.join(sizes)} sentences; labels {', '.join(problem.label_names)}")
     card = problem.card
     shape = f"{card.num_hidden_layers} layers x {card.hidden_size}, {card.vocab_size:,} word pieces"

@@ -24,4 +24,6 @@ def find(kind: str, name: str) -> Path:
         if candidate.exists():
             return candidate
     names = sorted({file.stem for place in shelves(kind) for file in place.glob("*.toml")})
-    raise UsageError(f"{kind}: found no file or folder {name!r}, and no such name on the shelf; names there are: {', '.join(names)}")
+    raise UsageError(
+        f"{kind}: found no file or folder {name!r}, and no such name on the shelf; names there are: {', '.join(names)}"
+    )

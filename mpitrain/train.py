@@ -52,7 +52,8 @@ def run_steps(run: Run) -> str:
         evaluate_dev(run)
     split, seed = run.splits["train"], run.config.train.seed
     plans = (run.plan.step(step) for step in range(run.progress.step, 0 if is_hopeless(run) else run.num_steps))
-    batches = prefetch(plans, lambda plan: load_micro_batches(plan, split, run.place.mesh, run.place.transport.device, seed))
+    mesh, device = run.place.mesh, run.place.transport.device
+    batches = prefetch(plans, lambda plan: load_micro_batches(plan, split, mesh, device, seed))
     run.console.start_steps(run.progress.step, run.num_steps)
     began = time.perf_counter()
     try:

@@ -65,7 +65,7 @@ def test_the_wheel_holds_one_package_with_its_shelves_and_nothing_else(wheel):
 
 def test_the_wheel_trains_from_an_empty_directory(installed, tmp_path):
     # mpi4py looks for MPI in its own environment, then where the system does.
-    libraries = os.pathsep.join([str(Path(sys.prefix) / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]).rstrip(os.pathsep)
+    libraries = os.pathsep.join([f"{sys.prefix}/lib", *os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)])
     empty = tmp_path / "empty"
     empty.mkdir()
     here = {"LD_LIBRARY_PATH": libraries, "MPITRAIN_CACHE": str(tmp_path / "cache")}

@@ -10,8 +10,8 @@ import h5py
 import torch
 
 from mpitrain.checkpoint.manifest import Manifest, committed, file_hash, read_manifest
-from mpitrain.errors import CheckpointError
 from mpitrain.comm.buckets import StateSlice
+from mpitrain.errors import CheckpointError
 from mpitrain.runtime.agree import Comm, share, together
 
 
@@ -25,7 +25,7 @@ def find_checkpoint(place: Path, *, best: bool = True) -> Path:
         return place
     found = committed(place / "checkpoints") or committed(place)
     if not found:
-        raise CheckpointError(f"{place}: no complete checkpoint; give a run directory or one checkpoint (step-NNNNNNNN)")
+        raise CheckpointError(f"{place}: no complete checkpoint; give a run directory or one checkpoint")
     best_step = read_manifest(found[0]).progress.best_step if best else -1
     return next((path for path in found if path.name == f"step-{best_step:08d}"), found[0])
 
@@ -116,4 +116,4 @@ def _fill_one(
         wanted.values[start - wanted.start : stop - wanted.start].copy_(torch.from_numpy(values))
         missing -= stop - start
     if missing:
-        raise CheckpointError(f"{directory}: {missing} elements of {wanted.kind} {wanted.name} are in none of its files")
+        raise CheckpointError(f"{directory}: {missing} elements of {wanted.kind} {wanted.name} are in no file")

@@ -18,6 +18,7 @@ from mpi4py import MPI
 from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.runtime.agree import Comm, collect
 
+CPU = torch.device("cpu")
 MAX_MESSAGE = 1 << 30  # bytes; Open MPI 5.0 refuses messages of more than 2^31
 SHORTEST_NAP, LONGEST_NAP = 20e-6, 1e-3  # seconds between two looks at pending requests
 
@@ -56,7 +57,7 @@ class Transport:
         patient: sleep between looks at pending requests, because ranks outnumber cores or other threads compute.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     direct: bool = False
     patient: bool = False
 

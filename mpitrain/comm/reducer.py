@@ -113,7 +113,7 @@ class GradientReducer:
             try:
                 self._reduce(self._buckets[number].gradients)
                 self._done.put(None)
-            except BaseException as error:  # noqa: BLE001 - it is raised again in finish()
+            except BaseException as error:
                 self._done.put(error)
 
     def _reduce(self, gradients: torch.Tensor) -> None:

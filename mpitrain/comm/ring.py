@@ -37,7 +37,7 @@ def all_reduce(comm: Comm, flat: torch.Tensor, transport: Transport, wire_dtype:
 
 
 def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport, wire_dtype: torch.dtype | None = None) -> None:
-    """Leave in this rank's chunk (`part(rank, n, size)`) the sum over ranks; other chunks are overwritten (collective)."""
+    """Leave the sum over ranks in this rank's chunk, `part(rank, n, size)`; others are overwritten (collective)."""
     _check(flat)
     if comm.size == 1:
         return

@@ -83,7 +83,7 @@ def prefetch(
                     return
                 put((item, make(item)))
             put(None)
-        except BaseException as error:  # noqa: BLE001 - it is raised again by the consumer
+        except BaseException as error:
             put(error)
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)

@@ -115,6 +115,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if missing:
         raise DataError(f"{directory}: its tokenizer has no {', '.join(missing)}; only BERT's WordPiece can be used")
     tokenizer.no_padding()
+    tokenizer.no_truncation()
     return tokenizer
 
 

@@ -25,12 +25,12 @@ def prefers_onednn() -> bool:
     except (OSError, StopIteration):
         return False
     has_avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
-    available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    available = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return available and has_avx512 and "GenuineIntel" not in maker
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [m, k] times weight [n, k] transposed, plus bias [n]."""
+    """X [m, k] times weight [n, k] transposed, plus bias [n]."""
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
@@ -53,7 +53,7 @@ _onednn_linear = cast("Callable[[Tensor, Tensor, Tensor], Tensor]", _OneDnnLinea
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x [m, k], weight [n, k], bias [n], of one floating dtype, to [m, n]."""
+    """X [m, k], weight [n, k], bias [n], of one floating dtype, to [m, n]."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and len(x) and prefers_onednn():
         return _onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)

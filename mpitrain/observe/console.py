@@ -1,4 +1,4 @@
-"""What a person sees: plain paragraphs, one progress bar on a terminal, plain lines elsewhere; other ranks are silent."""
+"""What a person sees: lines by topic, and progress as a bar on a terminal, as lines elsewhere; rank 0 alone speaks."""
 
 from __future__ import annotations
 

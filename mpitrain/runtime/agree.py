@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def collect(comm: Comm, value: Any) -> list[Any]:
     buffer = np.empty(int(sizes.sum()), np.uint8)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     comm.Allgatherv([text, MPI.BYTE], [buffer, sizes, starts[:-1], MPI.BYTE])
-    return [json.loads(buffer[a:b].tobytes()) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    return [json.loads(buffer[a:b].tobytes()) for a, b in pairwise(starts)]
 
 
 def total(comm: Comm, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -74,7 +75,7 @@ def together(comm: Comm, what: str) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except Exception as caught:  # noqa: BLE001 - it is re-raised below, after the vote
+    except Exception as caught:
         error = caught
     mine = None if error is None else [getattr(error, "code", ExitCode.FAULT), f"{error}" or repr(error)]
     if not any_rank(comm, error is not None):

@@ -80,6 +80,12 @@ def start() -> Any:
     return mpi.COMM_WORLD
 
 
+def library_version() -> str:
+    """Name and version of the MPI library in a few words."""
+    first = import_mpi().Get_library_version().replace("\x00", "").splitlines()[0]
+    return " ".join(first.split(",")[0].replace("Version:", "").split())
+
+
 def check_launch(world_size: int) -> None:
     """Refuse N independent runs of one rank each: the launcher and the MPI library are of different families."""
     expected = announced(SIZE_VARIABLES)

@@ -1,7 +1,9 @@
-"""Our ring all-reduce against MPI_Allreduce, fp32, at several sizes: `mpirun -np 4 python tests/benchmarks/bench_reduce.py`.
+"""Our ring all-reduce against MPI_Allreduce, fp32, at several sizes.
 
-The two take turns, so that what else the machine does meets both alike. The time of a repetition is that of the slowest
-rank. Printed are the median over repetitions, and in brackets the quartiles. Before timing, both must give the same sum.
+    mpirun -np 4 python tests/benchmarks/bench_reduce.py
+
+The two take turns, so that what else the machine does meets both alike. The time of a repetition is that of its slowest
+rank. Printed are the median over repetitions, and in brackets the quartiles. Before timing, both must sum correctly.
 """
 
 from __future__ import annotations

@@ -1,0 +1,117 @@
+"""Where and how this rank computes: device, threads, mesh, and its stage of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mpitrain.comm.buffers import Transport, cuda_aware
+from mpitrain.config import Config
+from mpitrain.errors import UsageError
+from mpitrain.model.bert import BertStage, block_costs, initialize, load_weights, num_blocks
+from mpitrain.model.card import ModelCard
+from mpitrain.observe.console import Console
+from mpitrain.pipeline.balance import by_hand, choose_mesh, split_blocks
+from mpitrain.pipeline.executor import Executor
+from mpitrain.problem import Problem
+from mpitrain.runtime import mesh as meshes
+from mpitrain.runtime.agree import Comm, together
+from mpitrain.runtime.device import choose_device, place_on_node, share_cores
+from mpitrain.runtime.launch import library_version
+from mpitrain.runtime.mesh import Mesh
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TYPICAL_LENGTH = 32.0  # tokens of a sentence, for the cost of attention in the split of layers over stages
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how this rank computes."""
+
+    mesh: Mesh
+    transport: Transport
+    num_threads: int
+    stages: list[tuple[int, int]]
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """The blocks [first, last) of this rank's stage."""
+        return self.stages[self.mesh.stage]
+
+
+def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *, pipe: int | None = None) -> Place:
+    """Choose what was left open of the mesh and say what was chosen (collective).
+
+    Args:
+        pipe: number of stages if neither axis is given, instead of the rule for training.
+    """
+    device = choose_device(comm, config.train.device)
+    direct = device.type == "cuda" and cuda_aware(comm)
+    num_threads, crowded = share_cores(comm, config.train.threads)
+    shape, stages = (1, 1), []
+    with together(comm, "choosing the mesh"):
+        shape = _mesh_shape(comm.size, config, problem.card, pipe)
+        meshes.check_shape(comm.size, *shape)
+        stages = _split_model(config, problem, shape[1])
+    mesh = meshes.build(comm, *shape)
+    say_place(comm, console, device, direct, num_threads, crowded)
+    console.say("mesh", f"{comm.size} rank(s) = {shape[0]} data x {shape[1]} pipe")
+    for number, stage in enumerate(stages if shape[1] > 1 else []):
+        console.say("", f"stage {number}: {name_blocks(stage, problem.card)}")
+    return Place(mesh, Transport(device, direct, crowded), num_threads, stages)
+
+
+def say_place(
+    comm: Comm, console: Console, device: torch.device, direct: bool, num_threads: int, crowded: bool
+) -> None:
+    """Print what this job runs on (collective)."""
+    per_node = place_on_node(comm)[1]
+    where = f"{comm.size} rank(s), {per_node} on this node, {num_threads} thread(s) each"
+    where += " (more ranks than cores: waiting ranks sleep)" if crowded else ""
+    console.say("ranks", f"{where}; {library_version()}")
+    if device.type == "cuda":
+        way = "directly (CUDA-aware MPI)" if direct else "staged through pinned host memory"
+        console.say("device", f"{torch.cuda.get_device_name(device)}; tensors reach MPI {way}")
+
+
+def _mesh_shape(num_ranks: int, config: Config, card: ModelCard, pipe: int | None) -> tuple[int, int]:
+    data, stages = config.mesh.data, config.mesh.pipe
+    if data is None and stages is None:
+        if pipe is not None:
+            return num_ranks // pipe, pipe
+        if config.pipeline.layers is not None:
+            return num_ranks // len(config.pipeline.layers), len(config.pipeline.layers)
+        return choose_mesh(num_ranks, card.num_hidden_layers, config.train.micro_batches)
+    return data or max(1, num_ranks // (stages or 1)), stages or max(1, num_ranks // (data or 1))
+
+
+def _split_model(config: Config, problem: Problem, num_stages: int) -> list[tuple[int, int]]:
+    card = problem.card
+    if config.pipeline.layers is None:
+        return split_blocks(block_costs(card, len(problem.label_names), TYPICAL_LENGTH), num_stages)
+    if len(config.pipeline.layers) != num_stages:
+        given = ",".join(map(str, config.pipeline.layers))
+        raise UsageError(f"--pipeline.layers {given}: {len(config.pipeline.layers)} stages, the mesh has {num_stages}")
+    return by_hand(config.pipeline.layers, card.num_hidden_layers)
+
+
+def name_blocks(stage: tuple[int, int], card: ModelCard) -> str:
+    """A stage's blocks in words: "embeddings, layers 0-1"."""
+    first, last = stage
+    layers = range(max(first, 1) - 1, min(last, num_blocks(card) - 1) - 1)
+    words = ["embeddings"] if first == 0 else []
+    if layers:
+        words.append(f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}")
+    return ", ".join([*words, "classifier"] if last == num_blocks(card) else words)
+
+
+def build_stage(config: Config, problem: Problem, place: Place) -> tuple[BertStage, Executor]:
+    """This rank's blocks with their first weights in fp32, and the executor that runs them."""
+    stage = BertStage(problem.card, len(problem.label_names), *place.blocks)
+    initialize(stage, problem.card, config.train.seed)
+    if problem.pretrained is not None:
+        names = [name for name, _ in stage.named_parameters()]
+        load_weights(stage, problem.pretrained.weights(names))
+    stage.to(place.transport.device)
+    return stage, Executor(stage, place.mesh, place.transport, problem.card.hidden_size)
