@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +26,7 @@ COMMANDS = {
     "export": "write a checkpoint as a directory that transformers loads",
     "inspect": "show what is in a shard directory or a checkpoint",
 }
+OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,6 +52,19 @@ def command_parser(command: str) -> _Parser:
     return parser
 
 
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command's own arguments, and the configuration's flags, each of which takes one value."""
+    own: list[str] = []
+    fields: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--") or argument.partition("=")[0] in OWN_FLAGS:
+            own.append(argument)
+        else:
+            fields += [argument] if "=" in argument else [argument, *islice(rest, 1)]
+    return own, fields
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command on all ranks and leave with DESIGN's exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -66,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def answer_without_mpi(command: str, arguments: list[str]) -> int:
     """Help and version need no MPI; under a launcher only the first rank speaks."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
     known = command in COMMANDS
     if launch.announced(launch.RANK_VARIABLES) in (None, 0):
         if not known:
@@ -96,8 +113,9 @@ def run(world: Any, command: str, arguments: list[str]) -> int:
         settings: Config | None = None
         options = argparse.Namespace()
         with together(world, "reading the configuration"):
-            options, flags = command_parser(command).parse_known_args(arguments)
-            settings = config.load(flags, options.config)
+            own, fields = split_arguments(arguments)
+            options = command_parser(command).parse_args(own)
+            settings = config.load(fields, options.config)
         assert settings is not None
         return HANDLERS[command](world, options, settings, console)
     except MpitrainError as error:

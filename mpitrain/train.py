@@ -129,7 +129,7 @@ def evaluate_dev(run: Run) -> None:
     epoch = progress.step / run.plan.steps_per_epoch
     run.console.say(
         "dev",
-        f"epoch {epoch:g}: F1 {scores['f1_conlleval']:.4f}  loss {scores['loss']:.4f}  token accuracy "
+        f"epoch {epoch:.3g}: F1 {scores['f1_conlleval']:.4f}  loss {scores['loss']:.4f}  token accuracy "
         f"{scores['token_accuracy']:.4f}{'  best so far' if better else ''}  ({time.perf_counter() - began:.1f} s)",
     )
     if better:

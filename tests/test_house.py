@@ -13,6 +13,7 @@ import pytest
 
 from mpitrain.dataset.recipe import Recipe
 from mpitrain.model.card import load_card
+from mpitrain.shelf import shelves
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "mpitrain").rglob("*.py"))
@@ -71,6 +72,10 @@ def test_every_recipe_on_the_shelf_is_valid_and_says_where_its_text_comes_from(r
     assert read.license
     assert read.citation
     assert read.fetch or all((ROOT / "data" / file).is_file() for file in read.files.values())
+
+
+def test_a_checkout_uses_its_own_shelves():
+    assert [shelves(kind) for kind in ("models", "data", "jobs")] == [[ROOT / k] for k in ("models", "data", "jobs")]
 
 
 @pytest.mark.parametrize("module", ["mpitrain", "mpitrain.__main__", "mpitrain.cli"])

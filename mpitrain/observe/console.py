@@ -10,6 +10,9 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from mpitrain.observe.terminal import terminal_width
 
 SECONDS_BETWEEN_LINES = 5.0  # where there is no bar
 
@@ -20,27 +23,27 @@ class Console:
     def __init__(self, loud: bool, *, to_stderr: bool = False) -> None:
         """Speak only if `loud`, that is on rank 0; on standard error where standard output carries results."""
         self.loud = loud
-        self._rich = RichConsole(stderr=to_stderr, quiet=not loud, highlight=False, soft_wrap=True)
+        width = terminal_width() if loud and not to_stderr else None
+        self._rich = RichConsole(
+            stderr=to_stderr, quiet=not loud, highlight=False, soft_wrap=True, width=width, force_terminal=bool(width)
+        )
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._last_line = 0.0
 
     def say(self, topic: str, text: str) -> None:
         """A line with its topic in front."""
-        self._rich.print(f"[bold]{topic:<9}[/bold]", end="", markup=True)
-        self._rich.print(text, markup=False)
-        self._flush()
+        self.show(Text.assemble((f"{topic:<9}", "bold"), text))
 
     def warn(self, text: str) -> None:
         """A line that should not be overlooked."""
-        self._rich.print("[bold yellow]warning  [/bold yellow]", end="", markup=True)
-        self._rich.print(text, markup=False)
-        self._flush()
+        self.show(Text.assemble(("warning  ", "bold yellow"), text))
 
     def show(self, renderable: Any) -> None:
         """A table, or any other thing that rich can draw."""
         self._rich.print(renderable)
-        self._flush()
+        if self.loud:
+            sys.stdout.flush()
 
     def start_steps(self, done: int, total: int) -> None:
         """Begin to show progress, from step `done` to `total`."""
@@ -72,10 +75,6 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress = self._task = None
-
-    def _flush(self) -> None:
-        if self.loud:
-            sys.stdout.flush()
 
 
 def score_table(title: str, report: Mapping[str, Any], replicas: Sequence[Mapping[str, Any]]) -> Table:
