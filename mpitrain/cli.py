@@ -71,13 +71,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
     if command not in COMMANDS or {"-h", "--help", "--version"} & set(arguments):
         sys.exit(answer_without_mpi(command, arguments))
+    stop = launch.StopRequest()
+    if command == "train":
+        stop.listen()  # from the first moment: a signal while libraries load must not kill the job
     try:
         world = launch.start()
     except UsageError as error:
         if launch.announced(launch.RANK_VARIABLES) in (None, 0):
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(error.code)
-    launch.finish(world, run(world, command, arguments))
+    launch.finish(world, run(world, command, arguments, stop))
 
 
 def answer_without_mpi(command: str, arguments: list[str]) -> int:
@@ -103,7 +106,7 @@ def print_help(command: str) -> None:
     print(config.help_text())  # noqa: T201
 
 
-def run(world: Any, command: str, arguments: list[str]) -> int:
+def run(world: Any, command: str, arguments: list[str], stop: launch.StopRequest) -> int:
     """A command's exit code, the same on all ranks; errors that not all ranks share end the job instead."""
     from mpitrain.observe.console import Console
     from mpitrain.runtime.agree import together
@@ -117,6 +120,8 @@ def run(world: Any, command: str, arguments: list[str]) -> int:
             options = command_parser(command).parse_args(own)
             settings = config.load(fields, options.config)
         assert settings is not None
+        if command == "train":
+            return _train(world, settings, console, stop)
         return HANDLERS[command](world, options, settings, console)
     except MpitrainError as error:
         if not error.agreed:
@@ -127,11 +132,9 @@ def run(world: Any, command: str, arguments: list[str]) -> int:
         return error.code
 
 
-def _train(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
+def _train(world: Any, settings: Config, console: Console, stop: launch.StopRequest) -> int:
     from mpitrain.train import train
 
-    stop = launch.StopRequest()
-    stop.listen()
     console.say("mpitrain", __version__)
     code, directory = train(world, settings, console, stop)
     if code == ExitCode.STOPPED:
@@ -222,7 +225,6 @@ def _needed(world: Any, checkpoint: Path | None) -> Path:
 
 Handler = Callable[[Any, argparse.Namespace, "Config", "Console"], int]
 HANDLERS: dict[str, Handler] = {
-    "train": _train,
     "prepare": _prepare,
     "evaluate": _evaluate,
     "predict": _predict,
