@@ -11,9 +11,10 @@ from rich.console import Group
 from rich.table import Table
 
 from mpitrain.checkpoint.load import find_checkpoint
-from mpitrain.checkpoint.manifest import committed, file_hash, read_manifest
+from mpitrain.checkpoint.manifest import committed, read_manifest
 from mpitrain.dataset import prepare
 from mpitrain.errors import CheckpointError, UsageError
+from mpitrain.files import file_hash
 
 
 def describe(place: Path) -> Any:

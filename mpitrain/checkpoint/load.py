@@ -9,9 +9,10 @@ from pathlib import Path
 import h5py
 import torch
 
-from mpitrain.checkpoint.manifest import Manifest, committed, file_hash, read_manifest
+from mpitrain.checkpoint.manifest import Manifest, committed, read_manifest
 from mpitrain.comm.buckets import StateSlice
 from mpitrain.errors import CheckpointError
+from mpitrain.files import file_hash
 from mpitrain.runtime.agree import Comm, share, together
 
 

@@ -7,20 +7,18 @@ the directory gets its name only then. Tensors go by their logical (Hugging Face
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mpitrain.errors import CheckpointError
+from mpitrain.files import FileName
 
 VERSION = 1
 MANIFEST = "manifest.json"
 STEP_DIRECTORY = re.compile(r"step-(\d{8})")
-FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=128)]
 
 
 class _Strict(BaseModel):
@@ -109,32 +107,3 @@ def committed(checkpoints: Path) -> list[Path]:
         return []
     found = [place for place in checkpoints.iterdir() if STEP_DIRECTORY.fullmatch(place.name)]
     return sorted((place for place in found if (place / MANIFEST).is_file()), reverse=True)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have a file's or directory's content reach the disk: a rename alone is atomic, but not durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a whole file and have it reach the disk."""
-    path.write_text(text, encoding="utf-8")
-    sync(path)
-
-
-def replace_durably(path: Path, text: str) -> None:
-    """Write a file aside, then put it in place, so that readers see the old or the new one, never half."""
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    write_durably(aside, text)
-    aside.replace(path)
-    sync(path.parent)

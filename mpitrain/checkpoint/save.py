@@ -22,11 +22,9 @@ from mpitrain.checkpoint.manifest import (
     Piece,
     Progress,
     committed,
-    file_hash,
-    sync,
-    write_durably,
 )
 from mpitrain.comm.buckets import StateSlice
+from mpitrain.files import file_hash, sync, write_durably
 from mpitrain.runtime.agree import Comm, collect, share, together
 
 LEFT_OVER = re.compile(r"step-\d{8}\.tmp-[0-9a-f]+")

@@ -10,8 +10,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from mpitrain.dataset.recipe import Recipe, Split
-from mpitrain.dataset.shards import INDEX_FILE, DatasetInfo, Source, open_dataset, sync
+from mpitrain.dataset.shards import INDEX_FILE, DatasetInfo, Source, open_dataset
 from mpitrain.errors import UsageError
+from mpitrain.files import sync
 
 
 def cache_directory() -> Path:

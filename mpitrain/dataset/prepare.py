@@ -30,12 +30,12 @@ from mpitrain.dataset.shards import (
     DatasetInfo,
     ShardEntry,
     Source,
-    file_hash,
     open_dataset,
     write_shard,
 )
 from mpitrain.dataset.tokenize import encode_sentences, is_lowercase, tokenizer_hash, train_tokenizer
 from mpitrain.errors import UsageError
+from mpitrain.files import file_hash
 from mpitrain.runtime.agree import Comm, collect, share, share_array, together
 
 MIN_BLOCK = 2048  # sentences; smaller files would cost more to open than to read

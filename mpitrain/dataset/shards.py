@@ -5,9 +5,7 @@ Serial h5py without locks (parallel file systems often refuse them): files are i
 
 from __future__ import annotations
 
-import hashlib
 import mmap
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +18,7 @@ from mpitrain.dataset.census import SplitSummary
 from mpitrain.dataset.recipe import Split
 from mpitrain.dataset.tokenize import Encoded
 from mpitrain.errors import DataError
+from mpitrain.files import FileName, file_hash, sync
 from mpitrain.runtime.agree import Comm, together
 
 IGNORED = -100  # label of [CLS], [SEP] and of all pieces of a word but the first
@@ -35,8 +34,6 @@ DATASETS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-# No separators, so no name leads out of the directory; no leading dot, so neither "." nor ".." is a name.
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 
 
 class ShardEntry(BaseModel):
@@ -128,21 +125,6 @@ def write_shard(
         words=int(encoded.words.sum()),
         sha256=file_hash(path),
     )
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or directory is on its storage: a rename alone does not survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify_dataset(comm: Comm, directory: Path, info: DatasetInfo) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
+
+from mpitrain.files import replace_file
 
 
 class RunDirectory:
@@ -24,7 +25,7 @@ class RunDirectory:
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that will be done again, because the run resumes from an earlier checkpoint."""
         lines = [line for line in self._metric_lines() if json.loads(line)["step"] <= step]
-        self._replace("metrics.jsonl", "".join(f"{line}\n" for line in lines))
+        replace_file(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
         (self.path / "exit.json").unlink(missing_ok=True)
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
@@ -34,7 +35,7 @@ class RunDirectory:
 
     def write(self, name: str, value: Any) -> None:
         """Replace a JSON file as a whole."""
-        self._replace(name, json.dumps(value, indent=1) + "\n")
+        replace_file(self.path / name, json.dumps(value, indent=1) + "\n")
 
     def write_exit(self, code: int, reason: str, step: int) -> None:
         """Leave the exit code where every launcher's quirks cannot reach it."""
@@ -44,11 +45,6 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
         return [line for line in lines[:-1] if line]  # what stands behind the last newline was cut by a kill
-
-    def _replace(self, name: str, text: str) -> None:
-        aside = self.path / f"{name}.tmp-{os.getpid()}"
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(self.path / name)
 
 
 def next_run_directory(parent: Path, stem: str) -> Path:

@@ -1,0 +1,41 @@
+"""Files that others rely on: hashed, durable, and never led out of their directory by a name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import StringConstraints
+
+# No separators, so no name leads out of the directory; no leading dot, so neither "." nor ".." is a name.
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=128)]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have a file's or directory's content reach the disk: a rename alone is atomic, but not durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a whole file and have it reach the disk."""
+    path.write_text(text, encoding="utf-8")
+    sync(path)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file aside, then put it in place, so that readers see the old or the new one, never half."""
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
