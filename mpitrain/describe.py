@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from mpitrain.checkpoint.load import find_checkpoint
 from mpitrain.checkpoint.manifest import committed, read_manifest
-from mpitrain.dataset import prepare
+from mpitrain.dataset.prepare import is_dataset
+from mpitrain.dataset.shards import open_dataset
 from mpitrain.errors import CheckpointError, UsageError
 from mpitrain.files import file_hash
 
@@ -24,8 +26,8 @@ def describe(place: Path) -> Any:
         UsageError: the directory is neither of the three.
         MpitrainError: it is damaged.
     """
-    if prepare.is_dataset(place):
-        return prepare.describe(place)
+    if is_dataset(place):
+        return describe_dataset(place)
     try:
         found = find_checkpoint(place)
     except CheckpointError:
@@ -62,3 +64,29 @@ def describe_checkpoint(directory: Path) -> Group:
         f"labels {', '.join(manifest.identity.get('labels', []))}",
     ]
     return Group(*head, files, tensors)
+
+
+def describe_dataset(directory: Path) -> Group:
+    """What is in a dataset, for a terminal.
+
+    Raises:
+        DataError: the directory holds no dataset.
+    """
+    info = open_dataset(directory)
+    counts = Table("split", "sentences", "words", "pieces", "sequences", "shards", "longest", title=escape(info.name))
+    labels = Table("label", *info.summary)
+    for split, summary in info.summary.items():
+        shards = info.splits[split]
+        sequences = sum(entry.sequences for entry in shards)
+        row = (summary.sentences, summary.words, summary.pieces, sequences, len(shards), summary.longest_sentence)
+        counts.add_row(split, *(f"{number:,}" for number in row))
+    for label in info.label_names:
+        labels.add_row(escape(label), *(f"{summary.labels.get(label, 0):,}" for summary in info.summary.values()))
+    notes = [
+        f"{split}: {count:,} x {what}"
+        for split, summary in info.summary.items()
+        for what, count in summary.normalised.items()
+    ]
+    license = escape(info.license or "-")
+    facts = f"vocabulary {info.vocab_size:,}, up to {info.max_length} tokens a sequence, license: {license}"
+    return Group(counts, labels, facts, *notes)

@@ -20,7 +20,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 
-
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Only rank 0 reports; the others speak up when something fails."""
@@ -28,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow_ranks(sizes): numbers of ranks at which test_under_mpirun runs this")
     if _with_mpi(config) and _world().rank > 0:
         reporter = config.pluginmanager.getplugin("terminalreporter")
-        reporter._tw._file = Path(os.devnull).open("w")
+        reporter._tw._file = Path(os.devnull).open("w")  # noqa: SIM115 - open for as long as the process lives
 
 
 def _with_mpi(config: pytest.Config) -> bool:

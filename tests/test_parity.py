@@ -1,4 +1,4 @@
-"""The result does not depend on the mesh: losses, gradient norms and weights against one rank, dropout on, clipping on."""
+"""The result does not depend on the mesh: losses, gradient norms and weights; dropout and clipping are on."""
 
 from __future__ import annotations
 

@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
 from tokenizers import Tokenizer
 
 from mpitrain.dataset.cache import cache_directory, commit, fingerprint, holds
@@ -273,29 +270,3 @@ def _source(path: Path) -> Source:
 def _summary(index: FileIndex, census: Census, shards: list[tuple[ShardEntry, dict[str, int]]]) -> SplitSummary:
     pieces = sum(entry.tokens - 2 * entry.sequences for entry, _ in shards)  # [CLS] and [SEP] are no pieces of words
     return census.summary(pieces, [index.dropped, *(counts for _, counts in shards)])
-
-
-def describe(directory: Path) -> Group:
-    """What is in a dataset, for a terminal.
-
-    Raises:
-        DataError: the directory holds no dataset.
-    """
-    info = open_dataset(directory)
-    counts = Table("split", "sentences", "words", "pieces", "sequences", "shards", "longest", title=escape(info.name))
-    labels = Table("label", *info.summary)
-    for split, summary in info.summary.items():
-        shards = info.splits[split]
-        sequences = sum(entry.sequences for entry in shards)
-        row = (summary.sentences, summary.words, summary.pieces, sequences, len(shards), summary.longest_sentence)
-        counts.add_row(split, *(f"{number:,}" for number in row))
-    for label in info.label_names:
-        labels.add_row(escape(label), *(f"{summary.labels.get(label, 0):,}" for summary in info.summary.values()))
-    notes = [
-        f"{split}: {count:,} x {what}"
-        for split, summary in info.summary.items()
-        for what, count in summary.normalised.items()
-    ]
-    license = escape(info.license or "-")
-    facts = f"vocabulary {info.vocab_size:,}, up to {info.max_length} tokens a sequence, license: {license}"
-    return Group(counts, labels, facts, *notes)

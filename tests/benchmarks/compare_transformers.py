@@ -54,7 +54,8 @@ def read_split(shards: Path, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
 def pad(batch: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
     width = max(len(tokens) for tokens, _ in batch)
     shape = (len(batch), width)
-    padded = {name: np.full(shape, value) for name, value in (("input_ids", 0), ("labels", -100), ("attention_mask", 0))}
+    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    padded = {name: np.full(shape, value) for name, value in fill.items()}
     for row, (tokens, labels) in enumerate(batch):
         padded["input_ids"][row, : len(tokens)] = tokens
         padded["labels"][row, : len(tokens)] = labels

@@ -10,7 +10,6 @@ import pytest
 from mpitrain.dataset.shards import (
     DatasetInfo,
     ShardEntry,
-    file_hash,
     map_shard,
     open_dataset,
     read_index,
@@ -19,6 +18,7 @@ from mpitrain.dataset.shards import (
 )
 from mpitrain.dataset.tokenize import Encoded
 from mpitrain.errors import DataError
+from mpitrain.files import file_hash
 
 LABELS = np.array([-100, 2, 0, -100, -100, 1, -100, -100], np.int16)
 

@@ -11,12 +11,12 @@ from typing import Any
 
 BIN = Path(sys.executable).parent
 # A child of a rank that inherited these would take itself for that rank: MPICH dies of it, Open MPI hangs.
-LAUNCHER_PREFIXES = ("PMI", "OMPI_COMM", "OMPI_FILE", "OMPI_UNIVERSE", "PRTE_LAUNCHED", "HYDRA", "MPI_LOCAL", "SLURM_", "PALS_")
+LAUNCHERS = ("PMI", "OMPI_COMM", "OMPI_FILE", "OMPI_UNIVERSE", "PRTE_LAUNCHED", "HYDRA", "MPI_LOCAL", "SLURM_", "PALS_")
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
     """This environment without what a launcher put into it; one thread a rank."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith((*LAUNCHER_PREFIXES, "MPITRAIN_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith((*LAUNCHERS, "MPITRAIN_"))}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"} | changes
 
 
@@ -47,7 +47,8 @@ def finish(process: subprocess.Popen[str], timeout: float) -> subprocess.Complet
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
-        raise AssertionError(f"still running after {timeout} s: {process.args}\n{stdout[-3000:]}\n{stderr[-3000:]}") from None
+        output = f"{stdout[-3000:]}\n{stderr[-3000:]}"
+        raise AssertionError(f"still running after {timeout} s: {process.args}\n{output}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
