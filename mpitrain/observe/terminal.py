@@ -1,4 +1,7 @@
-"""Whether a person watches: mpirun gives its ranks pipes, so the question is what mpirun itself writes to."""
+"""Whether a person watches: the question is what mpirun itself writes to.
+
+Its ranks cannot tell by themselves: MPICH's mpirun gives them pipes, Open MPI's a terminal, wherever the output ends.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,15 @@ LAUNCHERS = ("mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun", "prun",
 
 def terminal_width() -> int | None:
     """Columns of the terminal that this process's output ends on, or None if it ends elsewhere."""
-    if sys.stdout.isatty():
-        return os.get_terminal_size(sys.stdout.fileno()).columns
     launcher = _launcher()
     if launcher is None:
-        return None
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None if sys.stdout.isatty() else None
     try:
         descriptor = os.open(f"/proc/{launcher}/fd/1", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
         return None
     try:
-        return os.get_terminal_size(descriptor).columns if os.isatty(descriptor) else None
+        return os.get_terminal_size(descriptor).columns or None if os.isatty(descriptor) else None
     finally:
         os.close(descriptor)
 
