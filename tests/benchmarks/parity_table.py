@@ -1,0 +1,49 @@
+"""How far the numbers of a mesh are from those of one rank: relative differences after 1, 10 and 40 steps.
+
+    for n in 2 3 4 8; do mpirun -np $n python tests/benchmarks/parity_table.py; done
+
+Unequal sentence lengths, dropout on, clipping active, fp32.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from mpi4py import MPI
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
+
+from small import train_small
+
+from mpitrain.runtime.agree import total
+
+MESHES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 3: [(3, 1)], 4: [(2, 2), (1, 4)], 8: [(4, 2)]}
+STEPS = (1, 10, 40)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    comm = MPI.COMM_WORLD
+    reference = train_small(MPI.COMM_SELF, 1, 1, max(STEPS), keep_weights=STEPS)
+    for data, pipe in MESHES[comm.size]:
+        run = train_small(comm, data, pipe, max(STEPS), keep_weights=STEPS)
+        for step in STEPS:
+            sums = torch.zeros(2, dtype=torch.float64)
+            for name, values in run.weights[step].items():
+                expected = reference.weights[step][name].double()
+                sums += torch.stack([(values.double() - expected).square().sum(), expected.square().sum()])
+            difference, size = total(comm, sums.numpy())
+            loss, norm = (
+                abs(mine[step - 1] / theirs[step - 1] - 1)
+                for mine, theirs in ((run.losses, reference.losses), (run.grad_norms, reference.grad_norms))
+            )
+            if comm.rank == 0:
+                cells = f"loss {loss:.1e}  gradient norm {norm:.1e}  weights {math.sqrt(difference / size):.1e}"
+                print(f"{data} data x {pipe} pipe  step {step:>2}  {cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
