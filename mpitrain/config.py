@@ -62,7 +62,7 @@ class Train(Section):
     """sequences in the global batch of one step"""
     micro_batches: PositiveInt = 8
     """parts of equal cost that the global batch is cut into, whatever the mesh"""
-    epochs: PositiveInt = 4
+    epochs: PositiveInt = 3
     """times that every sequence is trained on"""
     max_steps: PositiveInt | None = None
     """stop after this many steps, even in the middle of an epoch"""

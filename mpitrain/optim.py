@@ -8,10 +8,11 @@ weights are gathered. One rank owns everything and runs the same code.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from mpitrain.comm.buckets import Bucket, StateSlice
+from mpitrain.comm.buckets import Bucket, Piece, StateSlice
 from mpitrain.config import Train
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -51,68 +52,86 @@ class LossScale:
 
 
 class ShardedAdamW:
-    """Loshchilov and Hutter, "Decoupled weight decay regularization" (2019), algorithm 2, by torch, on owned pieces."""
+    """Loshchilov and Hutter, "Decoupled weight decay regularization" (2019), algorithm 2, by torch, on owned pieces.
+
+    torch's fused kernel is called as such: torch.optim.Optimizer would import the whole compiler, a second per rank.
+    """
 
     def __init__(self, buckets: list[Bucket], index: int, count: int, options: Train, dtype: torch.dtype) -> None:
         """Own chunk `index` of `count` of every bucket of fp32 weights, which are cast to `dtype` here."""
         # fp32 weights are their own masters; others are cast from masters, which keep what a cast would lose.
-        self._masters = [piece.weights for bucket in buckets for piece in bucket.pieces(index, count)]
+        masters = [piece.weights for bucket in buckets for piece in bucket.pieces(index, count)]
         if dtype != torch.float32:
-            self._masters = [master.clone() for master in self._masters]
+            masters = [master.clone() for master in masters]
             for bucket in buckets:
                 bucket.cast(dtype)
-        self._pieces = [piece for bucket in buckets for piece in bucket.pieces(index, count)]
-        decayed = [m for m, piece in zip(self._masters, self._pieces, strict=True) if decays(piece.name)]
-        others = [m for m, piece in zip(self._masters, self._pieces, strict=True) if not decays(piece.name)]
-        groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._adamw = None
-        if self._pieces:
-            betas = (options.adam_beta1, options.adam_beta2)
-            groups = [group for group in groups if group["params"]]
-            self._adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=options.adam_epsilon, fused=True)
-            self._reset()
-        for piece, master in zip(self._pieces, self._masters, strict=True):
-            master.grad = piece.gradients
-
-    def _reset(self) -> None:
-        assert self._adamw is not None
-        for master in self._masters:
-            moments = {kind: torch.zeros_like(master) for kind in KINDS[1:]}
-            step = torch.zeros((), dtype=torch.float32, device=master.device)
-            self._adamw.state[master] = {"step": step, **moments}
+        pieces = [piece for bucket in buckets for piece in bucket.pieces(index, count)]
+        self._owned = [_Owned.of(piece, master) for piece, master in zip(pieces, masters, strict=True)]
+        self._options = options
 
     def squared_norm(self) -> float:
         """Sum of squares of the owned gradients; summed over all ranks each parameter counts once."""
-        norms = torch._foreach_norm([piece.gradients for piece in self._pieces])
+        norms = torch._foreach_norm([owned.piece.gradients for owned in self._owned])
         return float(torch.stack(norms).double().square().sum()) if norms else 0.0
 
     def step(self, learning_rate: float, gradient_factor: float) -> None:
-        """Update the owned chunk with gradients times `gradient_factor`; `publish` has yet to spread the result."""
-        if self._adamw is None:
-            return
-        if gradient_factor != 1.0:
-            torch._foreach_mul_([piece.gradients for piece in self._pieces], gradient_factor)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
+        """Update the owned chunk with gradients times `gradient_factor`; gathering the result is the caller's part."""
+        if gradient_factor != 1.0 and self._owned:
+            torch._foreach_mul_([owned.piece.gradients for owned in self._owned], gradient_factor)
+        for decayed in (True, False):
+            group = [owned for owned in self._owned if decays(owned.piece.name) is decayed]
+            if group:
+                self._update(group, learning_rate, self._options.weight_decay if decayed else 0.0)
         self.publish()
+
+    def _update(self, group: list[_Owned], learning_rate: float, weight_decay: float) -> None:
+        torch._foreach_add_([owned.num_updates for owned in group], 1)
+        torch._fused_adamw_(
+            [owned.master for owned in group],
+            [owned.piece.gradients for owned in group],
+            [owned.exp_avg for owned in group],
+            [owned.exp_avg_sq for owned in group],
+            [],
+            [owned.num_updates for owned in group],
+            lr=learning_rate,
+            beta1=self._options.adam_beta1,
+            beta2=self._options.adam_beta2,
+            weight_decay=weight_decay,
+            eps=self._options.adam_epsilon,
+            amsgrad=False,
+            maximize=False,
+        )
 
     def publish(self) -> None:
         """Cast the masters into the owned chunk of the weights."""
-        for piece, master in zip(self._pieces, self._masters, strict=True):
-            if master.dtype != piece.weights.dtype:
-                piece.weights.copy_(master)
+        for owned in self._owned:
+            if owned.master.dtype != owned.piece.weights.dtype:
+                owned.piece.weights.copy_(owned.master)
 
     def set_num_updates(self, num_updates: int) -> None:
         """Continue as after `num_updates` updates."""
-        if self._adamw is not None:
-            for master in self._masters:
-                self._adamw.state[master]["step"].fill_(num_updates)
+        for owned in self._owned:
+            owned.num_updates.fill_(num_updates)
 
     def slices(self) -> Iterator[StateSlice]:
         """Everything a checkpoint must hold of this rank: masters and moments, as live views."""
-        for piece, master in zip(self._pieces, self._masters, strict=True):
-            moments = self._adamw.state[master] if self._adamw else {}
-            for kind in KINDS:
-                values = master if kind == "weight" else moments[kind]
+        for owned in self._owned:
+            piece = owned.piece
+            for kind, values in zip(KINDS, (owned.master, owned.exp_avg, owned.exp_avg_sq), strict=True):
                 yield StateSlice(kind, piece.name, piece.shape, piece.start, piece.stop, values)
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """A piece with its fp32 master weights, its moments, and the updates so far (fp32 scalar, as the kernel wants)."""
+
+    piece: Piece
+    master: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    num_updates: torch.Tensor
+
+    @classmethod
+    def of(cls, piece: Piece, master: torch.Tensor) -> _Owned:
+        num_updates = torch.zeros((), device=master.device)
+        return cls(piece, master, torch.zeros_like(master), torch.zeros_like(master), num_updates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from mpitrain.runtime.agree import Comm, share, together
 from mpitrain.runtime.launch import StopRequest
 from mpitrain.step import Stepper
 
+Scores = tuple[dict[str, Any], list[dict[str, Any]]]  # of all, and of each replica's share
 LEARNING_RATES = {"pretrained": 5e-5, "scratch": 1e-3}
 
 
@@ -46,6 +48,7 @@ class Run:
     stepper: Stepper
     stop: StopRequest
     progress: Progress = field(default_factory=Progress)
+    scores: dict[str, Scores] = field(default_factory=dict)  # by split, of the present weights
 
     @property
     def world(self) -> Comm:

@@ -61,6 +61,7 @@ def run_steps(run: Run) -> str:
             seconds = {"data": time.perf_counter() - began}
             result = run.stepper.run(plan, micro_batches, bool(run.stop))
             run.progress.step = plan.step + 1
+            run.scores.clear()
             record_step(run, plan, result, time.perf_counter() - began, seconds | result.seconds)
             refuse_to_go_on_without_updates(run)
             if result.stop:
@@ -122,7 +123,8 @@ def evaluate_dev(run: Run) -> None:
     """Score the dev split, remember the best, and save it (collective)."""
     progress = run.progress
     began = time.perf_counter()
-    scores, _ = evaluate(run.executor, run.place, run.problem, run.splits["dev"])
+    run.scores["dev"] = evaluate(run.executor, run.place, run.problem, run.splits["dev"])
+    scores, _ = run.scores["dev"]
     progress.evaluated_step = progress.step
     better = scores["f1_conlleval"] > progress.best_f1
     progress.evaluations_without_gain = 0 if better else progress.evaluations_without_gain + 1
@@ -152,12 +154,13 @@ def report_best(run: Run) -> None:
         fill(run.world, best, verify(run.world, best), weights)
         run.optimizer.publish()
         run.reducer.gather_weights()
+        run.scores.clear()
         run.console.say("best", f"weights of step {run.progress.best_step}, the best on dev")
-    reports = {}
     for name in ("dev", "test"):
-        if name in run.splits:
-            reports[name], replicas = evaluate(run.executor, run.place, run.problem, run.splits[name])
-    if reports:
-        run.console.show(score_table(f"{name}: entity scores (conlleval)", reports[name], replicas))
+        if name in run.splits and name not in run.scores:
+            run.scores[name] = evaluate(run.executor, run.place, run.problem, run.splits[name])
+    if run.scores:
+        name, (report, replicas) = list(run.scores.items())[-1]
+        run.console.show(score_table(f"{name}: entity scores (conlleval)", report, replicas))
         if run.world.rank == 0:
-            run.directory.write("eval.json", reports)
+            run.directory.write("eval.json", {name: scores for name, (scores, _) in run.scores.items()})

@@ -49,7 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         smallest, largest = (mark.kwargs.get(key, ranks) for key in ("min_size", "max_size")) if mark else (0, 0)
         fits = mark is None or (ranks > 0 and smallest <= ranks <= largest)
         gpu = item.get_closest_marker("gpu") is not None
-        wanted = fits and (mark is not None or ranks <= 1) and (not gpu or "gpu" in (config.getoption("-m") or ""))
+        alone = ranks == 0 or (ranks == 1 and not config.getoption("--only-mpi"))
+        wanted = fits and (mark is not None or alone) and (not gpu or "gpu" in (config.getoption("-m") or ""))
         (keep if wanted else leave).append(item)
     items[:] = keep
     config.hook.pytest_deselected(items=leave)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ def meshes_of(comm) -> list[tuple[int, int]]:
     return MESHES.get(comm.size, [])
 
 
+@cache
 def one_rank(num_steps: int, **options):
     """The reference run, made by each rank for itself on a communicator of one."""
     return train_small(MPI.COMM_SELF, 1, 1, num_steps, keep_weights=AT, **options)

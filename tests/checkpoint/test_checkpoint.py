@@ -1,0 +1,264 @@
+"""A checkpoint is whole or absent, is read on any mesh by name and slice, and what is damaged is found before use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mpi4py import MPI
+from small import NUM_LABELS, small_card
+
+from mpitrain.checkpoint import save as save_module
+from mpitrain.checkpoint.load import fill, find_checkpoint, newest_usable, verify
+from mpitrain.checkpoint.manifest import Progress, committed, read_manifest
+from mpitrain.checkpoint.save import clear_left_overs, retain, save
+from mpitrain.comm.buckets import StateSlice, fill_buckets
+from mpitrain.config import Train
+from mpitrain.errors import CheckpointError, MpitrainError
+from mpitrain.model.bert import BertStage, parameter_shapes
+from mpitrain.optim import ShardedAdamW
+from mpitrain.pipeline.balance import split_blocks
+from mpitrain.runtime import mesh as meshes
+from mpitrain.runtime.agree import any_rank, share
+
+CARD = small_card(vocab_size=19, hidden_size=8, num_hidden_layers=2, intermediate_size=8, max_position_embeddings=8)
+SHAPES = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (1, 4), (4, 2)]
+
+on_any_ranks = pytest.mark.mpi(min_size=1)
+
+
+@pytest.fixture
+def folder(comm, tmp_path) -> Path:
+    """One folder for all ranks."""
+    return Path(share(comm, str(tmp_path)))
+
+
+@contextmanager
+def mesh_of(comm, data: int, pipe: int) -> Iterator[meshes.Mesh | None]:
+    """A mesh of the first ranks, None on the others."""
+    inside = comm.rank < data * pipe
+    part = comm.Split(0 if inside else MPI.UNDEFINED, comm.rank)
+    if inside:
+        with meshes.build(part, data, pipe) as mesh:
+            yield mesh
+        part.Free()
+    else:
+        yield None
+    comm.Barrier()
+
+
+def slices_on(mesh: meshes.Mesh) -> list[StateSlice]:
+    """Weights and moments that this rank owns, all zero."""
+    stage = BertStage(CARD, NUM_LABELS, *split_blocks([1.0] * 4, mesh.num_stages)[mesh.stage])
+    optimizer = ShardedAdamW(fill_buckets(stage, 2000), mesh.replica, mesh.num_replicas, Train(), torch.float32)
+    slices = list(optimizer.slices())
+    for piece in slices:
+        piece.values.data.zero_()
+    return slices
+
+
+def true_values(piece: StateSlice) -> torch.Tensor:
+    """A number for each element of each tensor that no other element has."""
+    first = zlib.crc32(f"{piece.kind}/{piece.name}".encode()) % 2**20
+    return torch.arange(piece.start, piece.stop, dtype=torch.float32) + first
+
+
+def save_on(mesh: meshes.Mesh, checkpoints: Path, step: int = 5, value: float = 0.0) -> Path:
+    slices = slices_on(mesh)
+    for piece in slices:
+        piece.values.data.copy_(true_values(piece) + value)
+    return save(
+        mesh.world,
+        checkpoints,
+        slices,
+        progress=Progress(step=step, best_step=2),
+        mesh={"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": 1},
+        identity={"seed": 0},
+        documents={"config.json": "{}"},
+    )
+
+
+def loads(mesh: meshes.Mesh, checkpoint: Path) -> bool:
+    """Whether this rank gets the numbers that were saved."""
+    slices = slices_on(mesh)
+    fill(mesh.world, checkpoint, verify(mesh.world, checkpoint), slices)
+    return all(torch.equal(piece.values, true_values(piece)) for piece in slices)
+
+
+@on_any_ranks
+def test_a_mesh_reads_what_another_wrote(comm, folder):
+    fitting = [shape for shape in SHAPES if shape[0] * shape[1] <= comm.size]
+    for number, writer in enumerate(fitting):
+        with mesh_of(comm, *writer) as mesh:
+            path = save_on(mesh, folder / f"{writer}") if mesh else None
+        path = Path(share(comm, str(path)))
+        shapes = parameter_shapes(CARD, NUM_LABELS)
+        assert read_manifest(path).tensors == {name: list(shape) for name, shape in shapes.items()}
+        for reader in {fitting[(number + 1) % len(fitting)], fitting[number // 2]}:
+            with mesh_of(comm, *reader) as mesh:
+                assert mesh is None or loads(mesh, path), f"{writer} -> {reader}"
+
+
+@on_any_ranks
+def test_a_failed_save_leaves_no_checkpoint_and_the_next_one_works(comm, folder, monkeypatch):
+    with meshes.build(comm, comm.size, 1) as mesh:
+        with monkeypatch.context() as patch:
+            if comm.rank == comm.size - 1:
+                patch.setattr(save_module, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left")))
+            with pytest.raises((OSError, MpitrainError), match="No space left"):
+                save_on(mesh, folder)
+        assert committed(folder) == []
+        assert not any(path.name == "step-00000005" for path in folder.iterdir())
+        assert loads(mesh, save_on(mesh, folder))
+
+
+@on_any_ranks
+def test_a_step_that_is_committed_already_is_left_as_it_is(comm, folder):
+    with meshes.build(comm, comm.size, 1) as mesh:
+        path = save_on(mesh, folder)
+        assert save_on(mesh, folder, value=1.0) == path
+        assert loads(mesh, path)
+
+
+@on_any_ranks
+def test_a_folder_without_a_manifest_is_no_checkpoint_and_is_replaced(comm, folder):
+    if comm.rank == 0:
+        (folder / "step-00000005").mkdir()
+        (folder / "step-00000005" / "rank-00000.h5").write_text("half")
+    comm.Barrier()
+    assert committed(folder) == []
+    comm.Barrier()
+    with meshes.build(comm, 1, comm.size) if comm.size < 5 else meshes.build(comm, comm.size, 1) as mesh:
+        assert loads(mesh, save_on(mesh, folder))
+        assert [path.name for path in folder.iterdir()] == ["step-00000005"]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "one bit": lambda path: flip(path / "rank-00000.h5"),
+    "short": lambda path: (path / "rank-00000.h5").write_bytes((path / "rank-00000.h5").read_bytes()[:-1]),
+    "no bytes": lambda path: (path / "rank-00000.h5").write_bytes(b""),
+    "gone": lambda path: (path / "rank-00000.h5").unlink(),
+    "of another step": lambda path: shutil.copy(path.parent / "step-00000001" / "rank-00000.h5", path),
+    "a link": lambda path: ((path / "rank-00000.h5").rename(path / "x"), (path / "rank-00000.h5").symlink_to("x")),
+    "other config": lambda path: (path / "config.json").write_text("{} "),
+    "half a manifest": lambda path: (path / "manifest.json").write_text((path / "manifest.json").read_text()[:-9]),
+}
+
+
+@on_any_ranks
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_on_all_ranks_and_the_checkpoint_before_is_used(comm, folder, damage):
+    with meshes.build(comm, comm.size, 1) as mesh:
+        paths = [save_on(mesh, folder, step=step, value=step) for step in (1, 2)]
+        if comm.rank == 0:
+            DAMAGES[damage](paths[1])
+        comm.Barrier()
+        with pytest.raises(CheckpointError, match=r"step-00000002/(rank-00000\.h5|\w+\.json): is ") as caught:
+            verify(comm, paths[1])
+        assert caught.value.agreed
+        warnings: list[str] = []
+        found = newest_usable(comm, folder, warnings)
+    assert found is not None and found[0] == paths[0]
+    assert len(warnings) == 1 and "step-00000002" in warnings[0]
+
+
+@on_any_ranks
+def test_no_checkpoint_is_no_error_but_only_damaged_ones_are_an_error_of_all_ranks_together(comm, folder):
+    assert newest_usable(comm, folder / "none", []) is None
+    with meshes.build(comm, comm.size, 1) as mesh:
+        path = save_on(mesh, folder)
+        if comm.rank == 0:
+            flip(path / "rank-00000.h5")
+        comm.Barrier()
+        with pytest.raises(CheckpointError, match="all checkpoints are damaged") as caught:
+            newest_usable(comm, folder, [])
+    assert caught.value.agreed
+
+
+@on_any_ranks
+def test_a_tensor_of_another_shape_and_one_with_a_gap_are_errors_of_all_ranks(comm, folder):
+    with meshes.build(comm, comm.size, 1) as mesh:
+        path = save_on(mesh, folder)
+        manifest = verify(comm, path)
+        wide = StateSlice("weight", "classifier.bias", (7,), 0, 7, torch.zeros(7))
+        with pytest.raises(CheckpointError, match=r"classifier.bias has shape \[5\], the model's is \[7\]"):
+            fill(comm, path, manifest, [wide] if comm.rank == 0 else [])
+        for entry in manifest.files.values():
+            entry.pieces = [piece for piece in entry.pieces if piece.name != "classifier.bias"]
+        whole = StateSlice("exp_avg", "classifier.bias", (5,), 0, 5, torch.zeros(5))
+        with pytest.raises(CheckpointError, match="5 elements of exp_avg classifier.bias are in no file"):
+            fill(comm, path, manifest, [whole] if comm.rank == 0 else [])
+
+
+@on_any_ranks
+def test_the_newest_and_the_best_are_kept(comm, folder):
+    with meshes.build(comm, comm.size, 1) as mesh:
+        for step in (1, 2, 3, 4, 5):
+            save_on(mesh, folder, step=step)
+    if comm.rank == 0:
+        retain(folder, keep=2, best_step=2)
+        assert [path.name for path in committed(folder)] == [f"step-{step:08d}" for step in (5, 4, 2)]
+        assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in (2, 4, 5)]
+
+
+@pytest.fixture
+def lonely(tmp_path) -> Path:
+    """`run` with checkpoints of steps 2 (the best) and 5, written by one rank."""
+    with meshes.build(MPI.COMM_SELF, 1, 1) as mesh:
+        for step in (2, 5):
+            save_on(mesh, tmp_path / "run" / "checkpoints", step=step)
+    return tmp_path / "run"
+
+
+def test_a_run_means_its_best_checkpoint_or_its_newest(lonely):
+    newest = lonely / "checkpoints" / "step-00000005"
+    best = lonely / "checkpoints" / "step-00000002"
+    assert find_checkpoint(lonely) == find_checkpoint(lonely / "checkpoints") == find_checkpoint(best) == best
+    assert find_checkpoint(lonely, best=False) == find_checkpoint(newest) == newest
+    shutil.rmtree(best)
+    assert find_checkpoint(lonely) == newest
+    with pytest.raises(CheckpointError, match="nowhere: no complete checkpoint"):
+        find_checkpoint(lonely / "nowhere")
+
+
+def test_left_overs_of_killed_saves_are_cleared_and_copies_are_not(lonely):
+    checkpoints = lonely / "checkpoints"
+    copies = ["step-00000005-copy", "step-00000005.tmp-mine", "step-00000005 (copy)", "my.step-00000005.tmp-0a"]
+    for name in copies:
+        shutil.copytree(checkpoints / "step-00000005", checkpoints / name)
+    (checkpoints / "step-00000006.tmp-0a1b2c3d").mkdir()
+    clear_left_overs(checkpoints)
+    assert sorted(path.name for path in checkpoints.iterdir()) == sorted(["step-00000002", "step-00000005", *copies])
+    assert not any_rank(MPI.COMM_SELF, verify(MPI.COMM_SELF, checkpoints / copies[0]).progress.step != 5)
+
+
+@pytest.mark.parametrize("name", ["../evil.h5", "/etc/passwd", "a/b.h5", "..", ".hidden", "", "x\0y"])
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(lonely, name):
+    path = lonely / "checkpoints" / "step-00000005"
+    document = json.loads((path / "manifest.json").read_text())
+    document["files"][name] = document["files"].pop("rank-00000.h5")
+    (path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="manifest.json: is damaged: files"):
+        read_manifest(path)
+
+
+@given(st.one_of(st.binary(), st.text().map(str.encode), st.from_type(dict).map(lambda d: json.dumps(list(d)).encode())))
+def test_any_bytes_for_a_manifest_are_a_checkpoint_error(tmp_path_factory, data):
+    place = tmp_path_factory.mktemp("bytes")
+    (place / "manifest.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        read_manifest(place)

@@ -1,0 +1,108 @@
+"""A sound start is told from a broken one, and stop signals are noted, not obeyed at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from mpitrain.errors import DataError, UsageError
+from mpitrain.runtime import launch
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch) -> None:
+    for name in (*launch.SIZE_VARIABLES, *launch.RANK_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def _signals_as_before() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in launch.STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def _hooks_as_before(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+
+
+def test_without_a_launcher_nothing_is_announced():
+    assert launch.announced(launch.SIZE_VARIABLES) is None
+    launch.check_launch(1)
+
+
+@pytest.mark.parametrize("variable", launch.SIZE_VARIABLES)
+def test_ranks_that_do_not_know_of_each_other_are_refused(monkeypatch, variable):
+    monkeypatch.setenv(variable, "4")
+    launch.check_launch(4)
+    with pytest.raises(UsageError, match="started 4 ranks, but MPI sees a world of 1"):
+        launch.check_launch(1)
+    monkeypatch.setenv(variable, "1")
+    launch.check_launch(1)
+
+
+def test_a_variable_that_is_no_number_says_nothing(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "many")
+    monkeypatch.setenv("PMI_SIZE", "3")
+    assert launch.announced(launch.SIZE_VARIABLES) == 3
+
+
+@pytest.mark.usefixtures("_signals_as_before")
+@pytest.mark.parametrize("number", launch.STOP_SIGNALS)
+def test_a_stop_signal_is_noted_as_often_as_it_comes(number):
+    stop = launch.StopRequest()
+    stop.listen()
+    assert not stop
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), number)
+    assert stop
+    assert stop.signals == [number.name] * 2
+
+
+def test_without_an_mpi_library_the_message_says_how_to_get_one(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(UsageError, match=r"no MPI library can be loaded .*pip install 'mpitrain\[mpich\]'"):
+        launch.import_mpi()
+
+
+def fake_mpi(size: int, level: int) -> SimpleNamespace:
+    world = SimpleNamespace(size=size, rank=0, Abort=lambda code: None)
+    return SimpleNamespace(COMM_WORLD=world, Query_thread=lambda: level, THREAD_MULTIPLE=3)
+
+
+@pytest.mark.usefixtures("_hooks_as_before")
+def test_a_start_needs_threads_that_may_all_call_mpi(monkeypatch):
+    monkeypatch.setattr(launch, "import_mpi", lambda: fake_mpi(2, 3))
+    assert launch.start().size == 2
+    monkeypatch.setattr(launch, "import_mpi", lambda: fake_mpi(2, 1))
+    with pytest.raises(UsageError, match="MPI_THREAD_MULTIPLE"):
+        launch.start()
+
+
+@pytest.mark.parametrize(
+    "error, code, text",
+    [
+        (ZeroDivisionError("by zero"), 70, b"[rank 5] ZeroDivisionError: by zero\n"),
+        (DataError("x.conll:3: odd"), 65, b"error (rank 5): x.conll:3: odd\n"),
+    ],
+)
+def test_a_stray_error_names_its_rank_and_takes_all_ranks_down(monkeypatch, error, code, text):
+    written, codes = [], []
+    monkeypatch.setattr(os, "write", lambda descriptor, data: written.append(data))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    launch.abort(SimpleNamespace(rank=5, Abort=codes.append), error, None)
+    assert codes == [code, 70]
+    assert b"".join(written) == text
+
+
+def test_the_library_names_itself_in_a_few_words():
+    assert any(name in launch.library_version() for name in ("MPICH", "Open MPI"))

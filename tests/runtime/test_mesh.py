@@ -1,0 +1,75 @@
+"""Ranks along the axes: who sits where, who the neighbours are, and what does not multiply."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mpi4py import MPI
+
+from mpitrain.errors import UsageError
+from mpitrain.runtime import mesh as meshes
+from mpitrain.runtime.agree import collect
+
+
+def shapes_of(size: int) -> list[tuple[int, int]]:
+    return [(size // pipe, pipe) for pipe in range(1, size + 1) if size % pipe == 0]
+
+
+@pytest.mark.mpi(min_size=1)
+def test_stages_of_a_replica_sit_side_by_side_and_each_axis_holds_its_ranks(comm):
+    for data, pipe in shapes_of(comm.size):
+        with meshes.build(comm, data, pipe) as mesh:
+            assert (mesh.num_replicas, mesh.num_stages) == (data, pipe)
+            assert comm.rank == mesh.replica * pipe + mesh.stage
+            assert (mesh.data_axis.size, mesh.data_axis.rank) == (data, mesh.replica)
+            assert (mesh.pipe_axis.size, mesh.pipe_axis.rank) == (pipe, mesh.stage)
+            assert collect(mesh.pipe_axis, comm.rank) == [mesh.replica * pipe + stage for stage in range(pipe)]
+            assert collect(mesh.data_axis, comm.rank) == [replica * pipe + mesh.stage for replica in range(data)]
+
+
+@pytest.mark.mpi(min_size=1)
+def test_beyond_the_first_and_the_last_stage_there_is_nobody(comm):
+    for data, pipe in shapes_of(comm.size):
+        with meshes.build(comm, data, pipe) as mesh:
+            assert mesh.is_first == (mesh.previous_stage == MPI.PROC_NULL) == (mesh.stage == 0)
+            assert mesh.is_last == (mesh.next_stage == MPI.PROC_NULL) == (mesh.stage == pipe - 1)
+            received = bytearray(b"?")
+            mesh.pipe_axis.Sendrecv(
+                bytes([mesh.stage]), mesh.next_stage, recvbuf=received, source=mesh.previous_stage
+            )
+            assert received == (b"?" if mesh.is_first else bytes([mesh.stage - 1]))
+
+
+@pytest.mark.mpi(min_size=1)
+def test_communicators_are_given_back_but_not_after_an_error(comm):
+    with meshes.build(comm, comm.size, 1) as mesh:
+        pass
+    assert {mesh.world, mesh.data_axis, mesh.pipe_axis} == {MPI.COMM_NULL}
+    with pytest.raises(ZeroDivisionError), meshes.build(comm, 1, comm.size) as broken:
+        raise ZeroDivisionError
+    assert broken.world != MPI.COMM_NULL, "freeing is collective; after an error others may not come"
+    broken.free()
+
+
+@pytest.mark.mpi(min_size=1)
+def test_many_meshes_do_not_use_up_communicators(comm):
+    for _ in range(700):  # MPICH has about 2,000 context ids
+        meshes.build(comm, comm.size, 1).free()
+
+
+def test_sizes_that_do_not_multiply_to_the_ranks_show_the_arithmetic_and_what_works():
+    with pytest.raises(UsageError) as caught:
+        meshes.check_shape(6, 2, 2)
+    assert str(caught.value) == (
+        "mesh: 2 data x 2 pipe x 1 tensor = 4, but there are 6 ranks; data x pipe may be 6 x 1, 3 x 2, 2 x 3, 1 x 6"
+    )
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
+def test_exactly_the_shapes_that_multiply_are_accepted(num_ranks, data, pipe):
+    if data * pipe == num_ranks:
+        meshes.check_shape(num_ranks, data, pipe)
+    else:
+        with pytest.raises(UsageError, match=f"there are {num_ranks} ranks"):
+            meshes.check_shape(num_ranks, data, pipe)
