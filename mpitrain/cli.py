@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpitrain import __version__, config
-from mpitrain.errors import ExitCode, MpitrainError, UsageError
+from mpitrain.errors import ExitCode, MpitrainError, UsageError, on_all_ranks
 from mpitrain.runtime import launch
 
 if TYPE_CHECKING:
@@ -80,7 +80,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if launch.announced(launch.RANK_VARIABLES) in (None, 0):
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(error.code)
-    launch.finish(world, run(world, command, arguments, stop))
+    try:
+        code = run(world, command, arguments, stop)
+    except BaseException as error:  # SystemExit too: the other ranks would wait for this one
+        launch.abort(world, error, error.__traceback__)
+    launch.finish(world, code)
 
 
 def answer_without_mpi(command: str, arguments: list[str]) -> int:
@@ -120,6 +124,7 @@ def run(world: Any, command: str, arguments: list[str], stop: launch.StopRequest
             options = command_parser(command).parse_args(own)
             settings = config.load(fields, options.config)
         assert settings is not None
+        same_on_all_ranks(world, {"command": command, **vars(options), **settings.model_dump()})
         if command == "train":
             return _train(world, settings, console, stop)
         return HANDLERS[command](world, options, settings, console)
@@ -130,6 +135,20 @@ def run(world: Any, command: str, arguments: list[str], stop: launch.StopRequest
             console.stop_steps()
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return error.code
+
+
+def same_on_all_ranks(world: Any, settings: dict[str, Any]) -> None:
+    """Refuse ranks that were told different things, by a variable set on one node, say: they would wait for ever."""
+    from mpitrain.runtime.agree import collect
+
+    for rank, other in enumerate(everyone := collect(world, {key: str(value) for key, value in settings.items()})):
+        for key, value in other.items():
+            if value != everyone[0][key]:
+                raise on_all_ranks(
+                    UsageError(
+                        f"{key}: rank {rank} was told {value}, rank 0 {everyone[0][key]}; all must be told the same"
+                    )
+                )
 
 
 def _train(world: Any, settings: Config, console: Console, stop: launch.StopRequest) -> int:
@@ -186,7 +205,7 @@ def _export(world: Any, options: argparse.Namespace, settings: Config, console: 
     from mpitrain.restore import open_checkpoint
 
     place = _needed(world, options.checkpoint)
-    out = settings.out or place / "exported"
+    out = settings.out or Path("exported")
     export(world, open_checkpoint(world, place, console), out)
     console.say("exported", f"{out}: load it with AutoModelForTokenClassification.from_pretrained({str(out)!r})")
     return ExitCode.DONE

@@ -6,9 +6,9 @@ import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -66,7 +66,7 @@ class Train(Section):
     """times that every sequence is trained on"""
     max_steps: PositiveInt | None = None
     """stop after this many steps, even in the middle of an epoch"""
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """peak learning rate; if not given 5e-5 for pretrained weights, 1e-3 from scratch"""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """share of the steps in which the learning rate rises linearly; then it falls linearly to 0"""
@@ -84,7 +84,7 @@ class Train(Section):
     """dropout everywhere in the model; the model card's if not given"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """dtype of weights and activations in the passes; master weights are always fp32"""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of initial weights, order of the data, dropout"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
@@ -125,6 +125,12 @@ class Comm(Section):
     """dtype of gradients on the way; sums are made in fp32; auto is fp32"""
     bucket_mib: Annotated[float, Field(gt=0, le=1024)] = 8.0
     """MiB of gradients that are reduced together"""
+
+    @model_validator(mode="after")
+    def _native_sends_fp32(self) -> Self:
+        if self.algorithm == "native" and self.wire_dtype == "bf16":
+            raise ValueError("algorithm native sums in fp32 on the wire; take wire_dtype fp32, or algorithm ring")
+        return self
 
 
 class Config(BaseSettings):

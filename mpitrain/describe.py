@@ -63,7 +63,7 @@ def describe_checkpoint(directory: Path) -> Group:
         f"mesh {json.dumps(manifest.mesh)}; {num_weights:,} weights",
         f"labels {', '.join(manifest.identity.get('labels', []))}",
     ]
-    return Group(*head, files, tensors)
+    return Group(*map(escape, head), files, tensors)
 
 
 def describe_dataset(directory: Path) -> Group:

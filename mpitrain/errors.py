@@ -43,6 +43,11 @@ class CheckpointError(MpitrainError):
     code = ExitCode.NO_CHECKPOINT
 
 
+def code_of(error: BaseException) -> int:
+    """The exit code that an error means."""
+    return error.code if isinstance(error, MpitrainError) else ExitCode.FAULT
+
+
 def on_all_ranks(error: MpitrainError) -> MpitrainError:
     """Mark an error that every rank is about to raise, because every rank looked at the same values."""
     error.agreed = True

@@ -15,7 +15,7 @@ from mpitrain.config import Config
 from mpitrain.dataset.batches import Indices, evaluation_plan
 from mpitrain.dataset.loader import Split
 from mpitrain.dataset.sequences import Sequences
-from mpitrain.dataset.shards import open_dataset, verify_dataset
+from mpitrain.files import replace_file, user_path
 from mpitrain.metrics import Counts, report
 from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import token_loss
@@ -25,7 +25,7 @@ from mpitrain.pipeline.schedule import program
 from mpitrain.place import Place
 from mpitrain.problem import Problem, find_data
 from mpitrain.restore import open_checkpoint, restore_stage
-from mpitrain.runtime.agree import Comm, collect
+from mpitrain.runtime.agree import Comm, collect, together
 from mpitrain.runtime.mesh import Mesh
 
 TOKENS_PER_MICRO_BATCH = 2048
@@ -101,9 +101,7 @@ def evaluate_checkpoint(comm: Comm, config: Config, checkpoint: Path, console: C
         MpitrainError: on all ranks, with the first cause.
     """
     trained = open_checkpoint(comm, checkpoint, console)
-    shards = find_data(comm, config, trained.described, trained.problem, console)
-    info = open_dataset(shards)
-    verify_dataset(comm, shards, info)
+    shards, info = find_data(comm, config, trained.described, trained.problem, console)
     place, executor = restore_stage(comm, config, trained, console)
     reports: dict[str, Any] = {}
     splits: list[str] = [name for name in ("dev", "test") if name in info.splits] or list(info.splits)
@@ -111,8 +109,10 @@ def evaluate_checkpoint(comm: Comm, config: Config, checkpoint: Path, console: C
         split = Split(place.mesh.world, shards, info, name)
         reports[name], replicas = evaluate(executor, place, trained.problem, split)
         console.show(score_table(f"{name}: entity scores (conlleval)", reports[name], replicas))
-    if comm.rank == 0 and config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "eval.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+    with together(comm, "writing eval.json"):
+        if comm.rank == 0 and config.out is not None:
+            with user_path("--out", config.out):
+                config.out.mkdir(parents=True, exist_ok=True)
+                replace_file(config.out / "eval.json", json.dumps(reports, indent=1) + "\n")
     place.mesh.free()
     return reports

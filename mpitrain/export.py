@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mpitrain.dataset.tokenize import save_tokenizer_files
 from mpitrain.errors import UsageError
+from mpitrain.files import user_path
 from mpitrain.model.bert import parameter_shapes
 from mpitrain.model.pretrained import write_pretrained
 from mpitrain.restore import Trained, restore_weights
@@ -25,7 +26,8 @@ def export(comm: Comm, trained: Trained, out: Path) -> None:
         if comm.rank == 0:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise UsageError(f"--out {out}: exists already; give a new or an empty directory")
-            out.mkdir(parents=True, exist_ok=True)
-            write_pretrained(out, problem.card, problem.label_names, weights)
             card = problem.card
-            save_tokenizer_files(problem.tokenizer, out, card.max_position_embeddings, card.do_lower_case)
+            with user_path("--out", out):
+                out.mkdir(parents=True, exist_ok=True)
+                save_tokenizer_files(problem.tokenizer, out, card.max_position_embeddings, card.do_lower_case)
+                write_pretrained(out, card, problem.label_names, weights)

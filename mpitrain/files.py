@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import StringConstraints
 
+from mpitrain.errors import UsageError
+
 # No separators, so no name leads out of the directory; no leading dot, so neither "." nor ".." is a name.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=128)]
+
+
+@contextmanager
+def user_path(flag: str, path: Path) -> Iterator[None]:
+    """What the operating system refuses to do with a path of the user's becomes a UsageError that names the flag."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: {error.strerror}; give a path that can be written") from None
 
 
 def file_hash(path: Path) -> str:

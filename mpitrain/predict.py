@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -19,6 +20,7 @@ from mpitrain.dataset.sequences import MemorySplit
 from mpitrain.dataset.tokenize import encode_sentences
 from mpitrain.errors import DataError
 from mpitrain.evaluate import TOKENS_PER_MICRO_BATCH, infer, words_per_sentence
+from mpitrain.files import user_path
 from mpitrain.pipeline.executor import Executor
 from mpitrain.place import Place
 from mpitrain.problem import Problem
@@ -45,10 +47,13 @@ def predict(
     """
     comm = place.mesh.world
     sentences: Iterator[list[str]] = iter(())
+    target: TextIO = sys.stdout
     with together(comm, f"opening {source}"):
         if comm.rank == 0:
             sentences = read_input(_open_input(source), input_format, name=source)
-    target = output.open("w", encoding="utf-8") if output and comm.rank == 0 else sys.stdout
+            if output is not None:
+                with user_path("--out", output):
+                    target = output.open("w", encoding="utf-8")
     number = 0
     while True:
         chunk: list[list[str]] = []
@@ -58,8 +63,8 @@ def predict(
         if not share(comm, len(chunk)):
             break
         tagged = tag_sentences(executor, place, problem, chunk)
-        if comm.rank == 0:
-            _write(target, tagged, output_format)
+        if comm.rank == 0 and not _write(target, tagged, output_format):
+            sentences = iter(())  # nobody reads on, as in `predict ... | head`
         number += len(tagged)
     if target is not sys.stdout:
         target.close()
@@ -111,12 +116,22 @@ def _in_input_order(label_names: Sequence[str], sentences: list[list[str]], part
     return result
 
 
-def _write(target: TextIO, tagged: Iterable[Tagged], output_format: str) -> None:
+def _write(target: TextIO, tagged: Iterable[Tagged], output_format: str) -> bool:
+    """Whether somebody still reads."""
+    try:
+        target.write("".join(_lines(tagged, output_format)))
+        target.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+        return False
+    return True
+
+
+def _lines(tagged: Iterable[Tagged], output_format: str) -> Iterator[str]:
     for words, tags, scores in tagged:
         if output_format == "jsonl":
             rounded = [round(score, 6) for score in scores]
-            target.write(json.dumps({"words": words, "tags": tags, "scores": rounded}, ensure_ascii=False) + "\n")
+            yield json.dumps({"words": words, "tags": tags, "scores": rounded}, ensure_ascii=False) + "\n"
         else:
             rows = zip(words, tags, scores, strict=True)
-            target.write("".join(f"{word}\t{tag}\t{score:.4f}\n" for word, tag, score in rows) + "\n")
-    target.flush()
+            yield "".join(f"{word}\t{tag}\t{score:.4f}\n" for word, tag, score in rows) + "\n"

@@ -114,7 +114,9 @@ def prepare_files(comm: Comm, config: Config, files: Sequence[str], console: Con
     return config.out
 
 
-def find_data(comm: Comm, config: Config, trained: dict[str, Any], problem: Problem, console: Console) -> Path:
+def find_data(
+    comm: Comm, config: Config, trained: dict[str, Any], problem: Problem, console: Console
+) -> tuple[Path, DatasetInfo]:
     """Shards to score a trained model on: of `--data` if given, else of what it was trained on (collective).
 
     Args:
@@ -141,6 +143,7 @@ def find_data(comm: Comm, config: Config, trained: dict[str, Any], problem: Prob
             max_length=card.max_position_embeddings,
             progress=lambda text: console.say("prepare", text),
         )
+    info: DatasetInfo | None = None
     with together(comm, f"opening {directory}"):
         info = open_dataset(directory)
         if info.label_names != problem.label_names or info.tokenizer_hash != tokenizer_hash(problem.tokenizer):
@@ -148,7 +151,9 @@ def find_data(comm: Comm, config: Config, trained: dict[str, Any], problem: Prob
                 f"{directory}: was prepared for another model: its labels are {', '.join(info.label_names)}, the "
                 f"model's are {', '.join(problem.label_names)}, or the tokenizers differ; give the text as --data"
             )
-    return directory
+    assert info is not None
+    verify_dataset(comm, directory, info)
+    return directory, info
 
 
 def read_card(model: ModelCard | Path) -> ModelCard:
@@ -167,6 +172,11 @@ def _open(config: Config, model: ModelCard | Path, directory: Path) -> Problem:
         )
     pretrained = read_pretrained(model, info.label_names) if isinstance(model, Path) else None
     card = pretrained.card if pretrained else read_card(model).model_copy(update={"vocab_size": info.vocab_size})
+    if info.vocab_size > card.vocab_size:
+        raise DataError(
+            f"{directory}: has {info.vocab_size:,} word pieces, {config.model} has embeddings for {card.vocab_size:,}; "
+            "prepare the text with the model's own tokenizer"
+        )
     if info.max_length > card.max_position_embeddings:
         raise DataError(
             f"{directory}: holds sequences of up to {info.max_length} tokens, but {config.model} has "

@@ -8,11 +8,14 @@ from typing import Any
 
 from mpitrain import __version__
 from mpitrain.checkpoint.load import fill, find_checkpoint, newest_usable, verify
-from mpitrain.checkpoint.manifest import Manifest, committed
-from mpitrain.checkpoint.save import retain, save
+from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed
+from mpitrain.checkpoint.save import forget_after, retain, save
 from mpitrain.errors import UsageError
 from mpitrain.run import Run
 from mpitrain.runtime.agree import share, together
+
+# Settings of `train` that do not change what is learned.
+FREE_TO_CHANGE = {"device", "threads", "early_stopping", "max_skipped_steps"}
 
 
 def identity_of(run: Run) -> dict[str, Any]:
@@ -45,23 +48,25 @@ def resume(run: Run) -> None:
         run.stepper.loss_scale.value = run.progress.loss_scale
         run.stepper.loss_scale.good_steps = run.progress.good_steps
         tensors = f"{len(manifest.tensors)} tensors, {len(manifest.files)} files verified"
+        say_what_differs(run, place)
         run.console.say("resume", f"step {run.progress.step} from {place} ({tensors})")
+    best_is_here = False
     with together(run.world, "opening the run directory"):
         if run.world.rank == 0:
             run.directory.forget_after(run.progress.step)
+            forget_after(run.directory.checkpoints, run.progress.step)
+            best = run.directory.checkpoints / f"step-{max(0, run.progress.best_step):08d}"
+            best_is_here = (best / MANIFEST).is_file()
             run.directory.write("config.json", json.loads(documents_of(run)["config.json"]))
+    if not share(run.world, best_is_here):  # it was not kept, or stayed in another run
+        run.progress.best_f1, run.progress.best_step = -1.0, -1
 
 
 def _find_resume(run: Run) -> tuple[Path, Manifest] | None:
     wanted = run.config.resume
     damaged: list[str] = []
     if wanted == "none":
-        with together(run.world, "looking for checkpoints"):
-            if run.world.rank == 0 and committed(run.directory.checkpoints):
-                raise UsageError(
-                    f"--resume none: {run.directory.checkpoints} holds checkpoints of another run; "
-                    "give another --out, or delete them"
-                )
+        _refuse_foreign_checkpoints(run, None)
         return None
     if wanted == "auto":
         found = newest_usable(run.world, run.directory.checkpoints, damaged)
@@ -71,10 +76,36 @@ def _find_resume(run: Run) -> tuple[Path, Manifest] | None:
             if run.world.rank == 0:
                 given = str(find_checkpoint(Path(wanted), best=False))
         place = Path(share(run.world, given))
+        _refuse_foreign_checkpoints(run, place)
         found = (place, verify(run.world, place))
     for line in damaged:
         run.console.warn(line)
     return found
+
+
+def _refuse_foreign_checkpoints(run: Run, resumed: Path | None) -> None:
+    """A run directory holds one run: that of the checkpoint it is resumed from, if any (collective)."""
+    with together(run.world, "looking for checkpoints"):
+        if run.world.rank == 0:
+            found = committed(run.directory.checkpoints)
+            if found and (resumed is None or resumed.resolve().parent != found[0].resolve().parent):
+                raise UsageError(
+                    f"--resume {run.config.resume}: {run.directory.checkpoints} holds checkpoints of another run; "
+                    "give another --out, or delete them"
+                )
+
+
+def say_what_differs(run: Run, place: Path) -> None:
+    """Warn of settings that a resumed run may change, but that somebody may have forgotten to repeat (collective)."""
+    with together(run.world, f"reading {place}"):
+        if run.world.rank == 0:
+            then = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            now = json.loads(documents_of(run)["config.json"])
+            for key, value in now["config"]["train"].items():
+                if key not in FREE_TO_CHANGE and then["config"]["train"].get(key) != value:
+                    run.console.warn(f"--train.{key} was {then['config']['train'].get(key)}, is {value} from here on")
+            if then["num_steps"] != now["num_steps"]:
+                run.console.warn(f"the run was planned for {then['num_steps']} steps, now for {now['num_steps']}")
 
 
 def _check_identity(place: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

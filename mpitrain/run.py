@@ -17,7 +17,7 @@ from mpitrain.dataset.batches import TrainPlan
 from mpitrain.dataset.loader import Split, open_split
 from mpitrain.errors import DataError, UsageError, on_all_ranks
 from mpitrain.observe.console import Console
-from mpitrain.observe.record import RunDirectory, next_run_directory
+from mpitrain.observe.record import RunDirectory, new_run_directory
 from mpitrain.optim import ShardedAdamW
 from mpitrain.pipeline.executor import Executor
 from mpitrain.place import DTYPES, Place, build_stage, find_place
@@ -146,11 +146,11 @@ def open_run_directory(comm: Comm, config: Config, console: Console) -> RunDirec
     with together(comm, "making the run directory"):
         if comm.rank == 0:
             stem = f"{Path(config.model).stem}-{Path(config.data).stem}"
-            path = config.out or next_run_directory(Path("runs"), stem)
             try:
+                path = config.out or new_run_directory(Path("runs"), stem)
                 RunDirectory(path).create()
             except OSError as error:
-                raise UsageError(f"--out {path}: cannot be made: {error.strerror}") from None
+                raise UsageError(f"--out {config.out or 'runs'}: cannot be made: {error.strerror}") from None
             clear_left_overs(path / "checkpoints")
     directory = RunDirectory(Path(share(comm, str(path))))
     console.say("run", str(directory.path))

@@ -70,7 +70,6 @@ class Stepper:
         self.peak_learning_rate = peak_learning_rate
         self.loss_scale = LossScale(options.precision)
         self.num_updates = 0
-        self.num_skipped = 0
         self.skipped_in_a_row = 0
 
     def run(self, plan: StepPlan, micro_batches: Sequence[MicroBatch], stop: bool) -> StepResult:
@@ -115,7 +114,6 @@ class Stepper:
 
     def _count(self, updated: bool) -> None:
         self.num_updates += updated
-        self.num_skipped += not updated
         self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
         self.loss_scale.update(updated)
 

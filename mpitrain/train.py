@@ -11,12 +11,13 @@ from mpitrain.checkpoint.load import fill, verify
 from mpitrain.config import Config
 from mpitrain.dataset.batches import StepPlan
 from mpitrain.dataset.loader import prefetch
-from mpitrain.errors import ExitCode, MpitrainError, on_all_ranks
+from mpitrain.errors import CheckpointError, ExitCode, MpitrainError, code_of, on_all_ranks
 from mpitrain.evaluate import evaluate
 from mpitrain.observe.console import Console, score_table
+from mpitrain.observe.record import RunDirectory
 from mpitrain.resume import resume, save_checkpoint
 from mpitrain.run import Run, build
-from mpitrain.runtime.agree import Comm, collect
+from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.launch import StopRequest
 from mpitrain.step import StepResult, load_micro_batches
 
@@ -27,8 +28,11 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
     Raises:
         MpitrainError: on all ranks, with the first cause.
     """
-    run = build(comm, config, console, stop)
+    directory = forget_last_exit(comm, config.out)
+    run: Run | None = None
     try:
+        run = build(comm, config, console, stop)
+        directory = run.directory
         resume(run)
         stopped = run_steps(run)
         save_checkpoint(run)
@@ -36,14 +40,25 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
             report_best(run)
     except BaseException as error:
         # An agreed error is everybody's; any other ends the job, and this rank alone knows why.
-        if comm.rank == 0 or not getattr(error, "agreed", False):
-            run.directory.write_exit(getattr(error, "code", ExitCode.FAULT), f"{error!r}", run.progress.step)
+        if directory is not None and (comm.rank == 0 or not getattr(error, "agreed", False)):
+            directory.write_exit(code_of(error), str(error) or repr(error), run.progress.step if run else 0)
         raise
     code, reason = (ExitCode.STOPPED, f"stopped by {stopped}") if stopped else (ExitCode.DONE, "done")
     if comm.rank == 0:
         run.directory.write_exit(code, reason, run.progress.step)
     run.close()
     return code, run.directory.path
+
+
+def forget_last_exit(comm: Comm, out: Path | None) -> RunDirectory | None:
+    """The run directory if it is there already, without the exit code of the last start (collective)."""
+    there = share(comm, out is not None and out.is_dir())
+    if not there or out is None:
+        return None
+    with together(comm, f"opening {out}"):
+        if comm.rank == 0:
+            (out / "exit.json").unlink(missing_ok=True)
+    return RunDirectory(out)
 
 
 def run_steps(run: Run) -> str:
@@ -146,16 +161,25 @@ def is_hopeless(run: Run) -> bool:
     return bool(patience) and run.progress.evaluations_without_gain >= patience
 
 
+def take_best_weights(run: Run) -> None:
+    """Go back to the best weights, unless their checkpoint has been damaged since (collective)."""
+    best = run.directory.checkpoints / f"step-{run.progress.best_step:08d}"
+    try:
+        manifest = verify(run.world, best)
+    except CheckpointError as error:
+        run.console.warn(f"{error}; the scores below are those of the last weights")
+        return
+    fill(run.world, best, manifest, [piece for piece in run.optimizer.slices() if piece.kind == "weight"])
+    run.optimizer.publish()
+    run.reducer.gather_weights()
+    run.scores.clear()
+    run.console.say("best", f"weights of step {run.progress.best_step}, the best on dev")
+
+
 def report_best(run: Run) -> None:
     """Scores of dev and test by the best weights, or by the last ones if those are not kept (collective)."""
-    best = run.directory.checkpoints / f"step-{max(0, run.progress.best_step):08d}"
     if run.config.checkpoint.best and run.progress.best_step not in (-1, run.progress.step):
-        weights = [piece for piece in run.optimizer.slices() if piece.kind == "weight"]
-        fill(run.world, best, verify(run.world, best), weights)
-        run.optimizer.publish()
-        run.reducer.gather_weights()
-        run.scores.clear()
-        run.console.say("best", f"weights of step {run.progress.best_step}, the best on dev")
+        take_best_weights(run)
     for name in ("dev", "test"):
         if name in run.splits and name not in run.scores:
             run.scores[name] = evaluate(run.executor, run.place, run.problem, run.splits[name])

@@ -51,7 +51,10 @@ def verify(comm: Comm, directory: Path) -> Manifest:
 def _verify_file(path: Path, expected: str) -> None:
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{path}: is listed in the manifest, but is not there as a regular file")
-    actual = file_hash(path)
+    try:
+        actual = file_hash(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     if actual != expected:
         raise CheckpointError(f"{path}: is damaged: sha256 is {actual}, the manifest says {expected}")
 

@@ -22,9 +22,10 @@ from mpitrain.checkpoint.manifest import (
     Piece,
     Progress,
     committed,
+    read_manifest,
 )
 from mpitrain.comm.buckets import StateSlice
-from mpitrain.files import file_hash, sync, write_durably
+from mpitrain.files import file_hash, replace_file, sync, write_durably
 from mpitrain.runtime.agree import Comm, collect, share, together
 
 LEFT_OVER = re.compile(r"step-\d{8}\.tmp-[0-9a-f]+")
@@ -40,7 +41,9 @@ def save(
     identity: Mapping[str, Any],
     documents: Mapping[str, str],
 ) -> Path:
-    """Commit `checkpoints/step-NNNNNNNN` (collective); a step that is committed already is left as it is.
+    """Commit `checkpoints/step-NNNNNNNN` (collective).
+
+    Of a step that is committed already only the progress is written anew: an evaluation may have come after it.
 
     Args:
         slices: what this rank owns.
@@ -51,6 +54,9 @@ def save(
     """
     final = checkpoints / f"step-{progress.step:08d}"
     if share(comm, (final / MANIFEST).is_file()):
+        with together(comm, f"updating {final}"):
+            if comm.rank == 0:
+                _refresh(final, progress)
         return final
     aside = checkpoints / f"{final.name}.tmp-{share(comm, secrets.token_hex(4))}"
     with together(comm, f"making {aside}"):
@@ -78,11 +84,19 @@ def save(
     return final
 
 
+def _refresh(final: Path, progress: Progress) -> None:
+    manifest = read_manifest(final)
+    if manifest.progress != progress:
+        manifest.progress = progress
+        replace_file(final / MANIFEST, manifest.model_dump_json(indent=1))
+        sync(final)
+
+
 def _write_slices(path: Path, slices: list[StateSlice]) -> tuple[dict[str, Any], dict[str, list[int]]]:
     if not slices:
         return {}, {}
     pieces = []
-    with h5py.File(path, "w", libver="latest") as file:
+    with h5py.File(path, "w", libver="latest", locking=False) as file:
         for piece in slices:
             values = piece.values.detach().cpu().numpy()
             dataset = file.create_dataset(f"{piece.kind}/{piece.name}", data=values, dtype=np.float32)
@@ -118,6 +132,14 @@ def retain(checkpoints: Path, keep: int, best_step: int) -> None:
     for place in committed(checkpoints)[keep:]:
         match = STEP_DIRECTORY.fullmatch(place.name)
         if match and int(match[1]) != best_step:
+            discard(place)
+
+
+def forget_after(checkpoints: Path, step: int) -> None:
+    """Delete checkpoints of steps that are to be done again, damaged ones among them (rank 0 only, on a resume)."""
+    for place in committed(checkpoints):
+        match = STEP_DIRECTORY.fullmatch(place.name)
+        if match and int(match[1]) > step:
             discard(place)
 
 

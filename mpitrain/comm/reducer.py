@@ -39,8 +39,9 @@ class GradientReducer:
     ) -> None:
         """Watch the gradients of `buckets` (collective over the data axis)."""
         self._comm = data_axis.Dup()
+        self._transport = transport
         # The thread shares cores with the backward pass: it must never spin.
-        self._transport = replace(transport, patient=True)
+        self._thread_transport = replace(transport, patient=True)
         self._buckets = buckets
         self._algorithm = algorithm
         self._wire_dtype = wire_dtype
@@ -118,9 +119,9 @@ class GradientReducer:
 
     def _reduce(self, gradients: torch.Tensor) -> None:
         if self._algorithm == "native":
-            native_reduce_scatter(self._comm, gradients, self._transport)
+            native_reduce_scatter(self._comm, gradients, self._thread_transport)
         else:
-            ring.reduce_scatter(self._comm, gradients, self._transport, self._wire_dtype)
+            ring.reduce_scatter(self._comm, gradients, self._thread_transport, self._wire_dtype)
 
 
 def native_reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport) -> None:

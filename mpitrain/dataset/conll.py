@@ -33,6 +33,7 @@ TAGS = {
     "iobes": (re.compile(r"O|[BIES]-\S+"), "O, B-TYPE, I-TYPE, E-TYPE or S-TYPE"),
     "none": (re.compile(r"\S+"), "any text without blanks"),
 }
+LOOKS_TAGGED = re.compile(r"\t|^-DOCSTART-|\s(O|[BIES]-\S+)\s*$")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -147,7 +148,7 @@ def read_input(stream: BinaryIO, format: str = "auto", name: str = "input") -> I
 
     `conll`: a word is the first column of its line; an empty line ends a sentence. `text`: a line is a sentence; words
     stand between blanks, and marks at the ends of a word are words of their own. `auto`: `conll` if the first line
-    that is not empty holds a tab or a single word, else `text`.
+    that is not empty holds a tab or a single word, is a -DOCSTART- or ends in an entity tag, else `text`.
 
     Raises:
         DataError: a line is not UTF-8 text.
@@ -158,7 +159,7 @@ def read_input(stream: BinaryIO, format: str = "auto", name: str = "input") -> I
         text = line.decode("utf-8").strip("\r\n")
         bare = text.strip(" \t")
         if format == "auto" and bare:
-            format = "conll" if "\t" in text or " " not in bare else "text"
+            format = "conll" if LOOKS_TAGGED.search(text) or " " not in bare else "text"
         if format == "text":
             if found := split_text(bare):
                 yield found

@@ -1,4 +1,4 @@
-"""The arrays of a rank's own micro-batches, one step ahead of the computation.
+"""The arrays of a rank's own micro-batches, ready before the computation needs them.
 
 The first stage reads tokens, the last reads labels, every stage knows all lengths from the index, which rank 0 reads
 and shares. Shards are mapped into memory, so a node holds one copy of what its ranks read.

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -88,7 +89,9 @@ def score_table(title: str, report: Mapping[str, Any], replicas: Sequence[Mappin
     for name in ("", "precision", "recall", "F1", "support"):
         table.add_column(name, justify="left" if not name else "right")
     for kind, scores in report["per_type"].items():
-        table.add_row(kind, *(f"{scores[key]:.4f}" for key in ("precision", "recall", "f1")), f"{scores['support']:,}")
+        table.add_row(
+            escape(kind), *(f"{scores[key]:.4f}" for key in ("precision", "recall", "f1")), f"{scores['support']:,}"
+        )
     for number, share in enumerate(replicas):
         table.add_row(f"replica {number}", *_totals(share), style="dim")
     table.add_row("all", *_totals(report), style="bold")

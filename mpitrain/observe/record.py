@@ -47,8 +47,15 @@ class RunDirectory:
         return [line for line in lines[:-1] if line]  # what stands behind the last newline was cut by a kill
 
 
-def next_run_directory(parent: Path, stem: str) -> Path:
-    """`parent/stem-n` with the lowest n above all that exist."""
+def new_run_directory(parent: Path, stem: str) -> Path:
+    """Make `parent/stem-n` with the lowest n above all that exist; two runs started together get two directories."""
+    parent.mkdir(parents=True, exist_ok=True)
     pattern = re.compile(re.escape(stem) + r"-(\d+)")
-    taken = [int(match[1]) for place in parent.glob(f"{stem}-*") if (match := pattern.fullmatch(place.name))]
-    return parent / f"{stem}-{max(taken, default=0) + 1}"
+    while True:
+        taken = [int(match[1]) for place in parent.iterdir() if (match := pattern.fullmatch(place.name))]
+        path = parent / f"{stem}-{max(taken, default=0) + 1}"
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            continue

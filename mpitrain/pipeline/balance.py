@@ -1,4 +1,4 @@
-"""Who gets how much: blocks to stages, ranks to a mesh, things to parts.
+"""Who gets how much: blocks to stages, ranks to a mesh.
 
 Blocks are numbered through the model: 0 is the embeddings, 1 to num_layers the encoder layers, num_layers + 1 the head.
 """

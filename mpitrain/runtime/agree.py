@@ -52,11 +52,10 @@ def collect(comm: Comm, value: Any) -> list[Any]:
 
 
 def total(comm: Comm, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Element-wise sum over ranks, the same bits on every rank (summed once, then broadcast)."""
-    result = np.zeros_like(values)
-    comm.Reduce(values, result, MPI.SUM, 0)
-    comm.Bcast(result, 0)
-    return result
+    """Element-wise sum over ranks, in rank order, so that the bits are the same on every rank and in every run."""
+    everyone = np.empty((comm.size, *values.shape))
+    comm.Allgather(values, everyone)
+    return np.asarray(everyone.sum(axis=0), np.float64)
 
 
 def any_rank(comm: Comm, flag: bool) -> bool:

@@ -7,11 +7,12 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from mpitrain.errors import ExitCode, MpitrainError, UsageError
+from mpitrain.errors import ExitCode, MpitrainError, UsageError, code_of
 
 # Who tells a rank, before MPI is initialised, how many there are, and which one it is.
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
@@ -113,8 +114,9 @@ def abort(world: Any, error: BaseException, trace: TracebackType | None) -> NoRe
     else:
         stack = "".join(traceback.format_exception(type(error), error, trace))
         text = "".join(f"[rank {world.rank}] {line}\n" for line in stack.splitlines())
-    os.write(2, text.encode(errors="replace"))
-    world.Abort(getattr(error, "code", ExitCode.FAULT))
+    with suppress(OSError):  # a closed standard error must not keep the others waiting
+        os.write(2, text.encode(errors="replace"))
+    world.Abort(code_of(error))
     os._exit(ExitCode.FAULT)  # Abort need not return; if it does, this rank at least is gone
 
 
