@@ -21,7 +21,7 @@ from pydantic_settings import (
 from mpitrain.errors import UsageError
 
 # Variables of the program that are not fields of the configuration.
-OTHER_VARIABLES = {"MPITRAIN_CACHE", "MPITRAIN_DATA", "MPITRAIN_GPU_AWARE"}
+OTHER_VARIABLES = {"MPITRAIN_CACHE", "MPITRAIN_CORPORA", "MPITRAIN_GPU_AWARE"}
 
 
 def _numbers(value: Any) -> Any:

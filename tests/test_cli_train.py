@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from launching import BIN, clean_environment, finish, mpitrain, start
-from tiny import exit_of, make_tiny, metrics_of, processes_of, tensors_of
+from tiny import exit_of, make_tiny, metrics_of, processes_of, ranks_of, tensors_of
 
 KEYS = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "seconds", "tokens_per_second"}
 SECONDS_KEYS = {"data", "forward_backward", "pipeline_wait", "reduce", "update"}
@@ -172,7 +172,9 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(problem, stopped, un
 
 
 @pytest.mark.parametrize("data, pipe", [(1, 1), (2, 1), (1, 2), (3, 1)])
-def test_a_resumed_run_on_another_mesh_goes_on_with_the_same_data_and_losses(problem, stopped, uninterrupted, data, pipe):
+def test_a_run_resumed_on_another_mesh_goes_on_with_the_same_data_and_losses(
+    problem, stopped, uninterrupted, data, pipe
+):
     place, flags, environment = problem
     out = f"moved-{data}x{pipe}"
     mesh = ("--mesh.data", str(data), "--mesh.pipe", str(pipe))
@@ -190,17 +192,16 @@ def test_a_rank_that_is_killed_ends_the_job_which_restarts_to_the_same_end(probl
     place, flags, environment = problem
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
-    dice = random.Random(seed)
+    dice, mark = random.Random(seed), f"TEST_MARK=killed-{seed}"
     command = ("-m", "mpitrain", *flags, *TWO_BY_TWO, "--out", "killed", "--checkpoint.every", "1")
     process = start(4, *command, cwd=place, **environment, TEST_MARK=f"killed-{seed}")
     when_trained(place / "killed", 1, process)
     time.sleep(dice.uniform(0, 1))
-    victim = dice.choice([pid for pid, argv in processes_of(f"TEST_MARK=killed-{seed}").items() if "mpitrain" in argv[2:]])
-    os.kill(victim, signal.SIGKILL)
+    os.kill(dice.choice(ranks_of(mark)), signal.SIGKILL)
     assert finish(process, 30).returncode not in (0, 75)
     limit = time.monotonic() + 30
-    while processes_of(f"TEST_MARK=killed-{seed}"):
-        assert time.monotonic() < limit, processes_of(f"TEST_MARK=killed-{seed}")
+    while left := processes_of(mark):
+        assert time.monotonic() < limit, left
         time.sleep(0.1)
     again = finish(start(4, *command, cwd=place, **environment), 200)
     assert again.returncode == 0, again.stdout + again.stderr

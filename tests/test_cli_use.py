@@ -1,4 +1,4 @@
-"""What a trained model is used for: the same scores and tags on any mesh, words in are words out, transformers loads it."""
+"""What a trained model is used for: the same scores and tags on any mesh, words in are words out, export."""
 
 from __future__ import annotations
 
@@ -121,7 +121,11 @@ def test_transformers_loads_what_export_writes_with_the_same_pieces_and_logits(t
     model = AutoModelForTokenClassification.from_pretrained(trained[0] / "exported").eval()
     tokenizer = AutoTokenizer.from_pretrained(trained[0] / "exported")
     assert list(model.config.id2label.values()) == ours.problem.label_names
-    for words in ["Maria Jordan flew to Paris .".split(), ["Zo\u00eb", "WASHINGTON", "3.5", "?"], ["\u4e09", "a"] * 9]:
+    for words in [
+        ["Maria", "Jordan", "flew", "to", "Paris", "."],
+        ["Zo\u00eb", "WASHINGTON", "3.5", "?"],
+        ["\u4e09", "a"] * 9,
+    ]:
         encoded = encode_sentences(ours.problem.tokenizer, [words], 64)
         theirs = tokenizer(words, is_split_into_words=True, return_tensors="pt")
         assert theirs["input_ids"][0].tolist() == encoded.tokens.tolist()

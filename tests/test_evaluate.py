@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from mpi4py import MPI
 from seqeval.metrics import f1_score
 from small import NUM_LABELS, small_card, small_split
@@ -45,7 +44,9 @@ def labelled_split(num_sequences: int, windows: int = 1) -> MemorySplit:
     starts = np.cumsum(index.lengths) - index.lengths
     labels = split._fields["tokens"] % NUM_LABELS
     labels[starts] = -100
-    whole = MemorySplit(split._fields["tokens"], labels >= 0, index.lengths, index.lengths - 1, np.arange(num_sequences) // windows)
+    whole = MemorySplit(
+        split._fields["tokens"], labels >= 0, index.lengths, index.lengths - 1, np.arange(num_sequences) // windows
+    )
     whole._fields["labels"] = labels
     return whole
 
@@ -91,11 +92,13 @@ def test_scores_are_those_of_seqeval_and_of_torch_on_the_same_logits(comm):
     split = labelled_split(40)
     place, executor = place_on(MPI.COMM_SELF, 1, 1)
     gold, predicted, loss = [], [], 0.0
-    for sequences, logits in infer(executor, place.mesh, [np.array([n]) for n in range(40)], split, torch.device("cpu")):
+    for sequences, logits in infer(
+        executor, place.mesh, [np.array([n]) for n in range(40)], split, torch.device("cpu")
+    ):
         labels = torch.from_numpy(split.read("labels", sequences))
         gold.append([LABELS[label] for label in labels[1:]])
         predicted.append([LABELS[label] for label in logits[1:].argmax(dim=-1)])
-        loss += F.cross_entropy(logits.double()[1:], labels[1:], reduction="sum").item()
+        loss += torch.nn.functional.cross_entropy(logits.double()[1:], labels[1:], reduction="sum").item()
     place.mesh.free()
     report = json.loads(evaluated(MPI.COMM_SELF, 1, 1, split)[0])
     assert len({tag for tags in predicted for tag in tags}) > 1

@@ -7,6 +7,13 @@ import torch
 from mpi4py import MPI
 from small import small_card, train_small
 
+from mpitrain.checkpoint.load import fill, verify
+from mpitrain.checkpoint.manifest import Progress
+from mpitrain.checkpoint.save import save
+from mpitrain.comm import ring
+from mpitrain.comm.buckets import StateSlice
+from mpitrain.comm.buffers import Transport
+
 pytestmark = [pytest.mark.mpi(min_size=1), pytest.mark.gpu]
 
 MESHES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(2, 2), (1, 4), (4, 1)]}
@@ -34,3 +41,22 @@ def test_fp16_finds_a_loss_scale_and_learns(comm):
     assert run.updated[-1]
     assert run.losses[-1] < run.losses[0]
     assert torch.cuda.memory_allocated() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("length", [0, 1, 97, 70001])
+def test_the_ring_sums_tensors_that_live_on_a_gpu(comm, length, dtype):
+    flat = torch.full((length,), float(comm.rank + 1), dtype=dtype, device="cuda")
+    ring.all_reduce(comm, flat, Transport(torch.device("cuda", torch.cuda.current_device())))
+    assert torch.equal(flat.cpu(), torch.full((length,), comm.size * (comm.size + 1) / 2, dtype=dtype))
+
+
+def test_a_checkpoint_of_tensors_on_a_gpu_loads_with_the_same_bits(comm, mpi_tmp_path):
+    values = torch.arange(10.0, device="cuda") / 3 + comm.rank
+    name = f"bert.part{comm.rank}"
+    made = StateSlice("weight", name, (10,), 0, 10, values)
+    progress = Progress(step=1)
+    place = save(comm, mpi_tmp_path, [made], progress=progress, mesh={}, identity={}, documents={})
+    loaded = StateSlice("weight", name, (10,), 0, 10, torch.zeros(10, device="cuda"))
+    fill(comm, place, verify(comm, place), [loaded])
+    assert torch.equal(loaded.values, values)

@@ -11,7 +11,7 @@ import torch
 
 from mpitrain.checkpoint.manifest import Manifest, committed, read_manifest
 from mpitrain.comm.buckets import StateSlice
-from mpitrain.errors import CheckpointError
+from mpitrain.errors import CheckpointError, on_all_ranks
 from mpitrain.files import file_hash
 from mpitrain.runtime.agree import Comm, share, together
 
@@ -75,7 +75,7 @@ def newest_usable(comm: Comm, checkpoints: Path, warn: list[str]) -> tuple[Path,
         except CheckpointError as error:
             warn.append(f"{error}; falling back to the checkpoint before it")
     if names:
-        raise CheckpointError("all checkpoints are damaged:\n  " + "\n  ".join(warn))
+        raise on_all_ranks(CheckpointError("all checkpoints are damaged:\n  " + "\n  ".join(warn)))
     return None
 
 

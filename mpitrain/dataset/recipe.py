@@ -82,7 +82,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def _locate(recipe: Recipe, beside: Path) -> dict[Split, Path]:
-    folders = [beside, *([Path(os.environ["MPITRAIN_DATA"])] if os.environ.get("MPITRAIN_DATA") else [])]
+    folders = [beside, *([Path(os.environ["MPITRAIN_CORPORA"])] if os.environ.get("MPITRAIN_CORPORA") else [])]
     found: dict[Split, Path] = {}
     missing: list[Path] = []
     for split, file in recipe.files.items():
@@ -95,7 +95,7 @@ def _locate(recipe: Recipe, beside: Path) -> dict[Split, Path]:
         raise DataError(
             f"dataset {recipe.name}: found no {', '.join(map(str, missing))} in {' or '.join(map(str, folders))}.\n"
             f"{recipe.fetch.strip() or 'The recipe does not say where they come from.'}\n"
-            f"Put them below a folder of yours and set MPITRAIN_DATA to it: $MPITRAIN_DATA/{missing[0]}."
+            f"Put them below a folder of yours and set MPITRAIN_CORPORA to it: $MPITRAIN_CORPORA/{missing[0]}."
         )
     return found
 

@@ -1,6 +1,6 @@
 """The same model, data and hyperparameters by mpitrain and by a plain transformers loop: F1 and wall time of both.
 
-    MPITRAIN_DATA=/path/to/corpora python tests/benchmarks/compare_transformers.py --data btc --ranks 8 --seeds 3
+    MPITRAIN_CORPORA=/path/to/corpora python tests/benchmarks/compare_transformers.py --data btc --ranks 8 --seeds 3
 
 transformers runs as its tutorials do: one process, all cores, sentences padded to the longest of their batch, each
 from the same tokenizer and card, with the same AdamW, learning-rate schedule, clipping, batch size and epochs; the

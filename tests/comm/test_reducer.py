@@ -43,9 +43,13 @@ def sum_without_reducer(size: int) -> list[torch.Tensor]:
     return total
 
 
-@pytest.mark.parametrize("algorithm, wire, tolerance", [("ring", None, 1e-5), ("native", None, 1e-5), ("ring", torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    "algorithm, wire, tolerance", [("ring", None, 1e-5), ("native", None, 1e-5), ("ring", torch.bfloat16, 3e-2)]
+)
 @pytest.mark.parametrize("bucket_bytes", [1, 300, 10**6])
-def test_the_own_chunk_of_every_bucket_holds_the_sum_of_all_micro_batches_of_all_ranks(comm, algorithm, wire, tolerance, bucket_bytes):
+def test_the_own_chunk_of_every_bucket_holds_the_sum_of_all_micro_batches_of_all_ranks(
+    comm, algorithm, wire, tolerance, bucket_bytes
+):
     module = model_of(0)
     buckets = fill_buckets(module, bucket_bytes)
     reducer = GradientReducer(comm, buckets, Transport(), algorithm=algorithm, wire_dtype=wire)
@@ -71,7 +75,9 @@ def test_a_replica_without_micro_batches_joins_in_with_zeros(comm):
         backward_twice(module, 0, reducer)
     reducer.finish()
     reducer.close()
-    total = torch.cat([bucket.gradients[slice(*bucket.chunk(comm.rank, comm.size))] for bucket in buckets]).double().sum()
+    total = (
+        torch.cat([bucket.gradients[slice(*bucket.chunk(comm.rank, comm.size))] for bucket in buckets]).double().sum()
+    )
     assert sum(collect(comm, float(total))) == pytest.approx(float(sum_without_reducer(1).sum()), rel=1e-5)
 
 

@@ -1,6 +1,8 @@
-"""Every sequence once per epoch, in parts of nearly equal cost, by a plan that depends on (seed, epoch, position) alone."""
+"""Every sequence once per epoch, in parts of nearly equal cost; a plan depends on (seed, epoch, position) alone."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 from hypothesis import given, settings
@@ -14,9 +16,7 @@ lengths_of = st.lists(st.integers(2, 200), min_size=1, max_size=60).map(lambda f
 
 def plan_of(lengths, batch_size=4, micro_batches=3, seed=0) -> TrainPlan:
     words = lengths - 1
-    return TrainPlan(
-        lengths, words, batch_size=batch_size, micro_batches=micro_batches, hidden_size=32, seed=seed
-    )
+    return TrainPlan(lengths, words, batch_size=batch_size, micro_batches=micro_batches, hidden_size=32, seed=seed)
 
 
 @given(lengths_of, st.integers(1, 70), st.integers(1, 9), st.integers(0, 2**32))
@@ -41,7 +41,11 @@ def test_a_step_is_the_same_whatever_was_asked_before(lengths, steps, seed):
     for step in steps:
         fresh, again = plan_of(lengths, seed=seed).step(step), used.step(step)
         assert [a.tolist() for a in fresh.micro_batches] == [b.tolist() for b in again.micro_batches]
-        assert (fresh.epoch, fresh.num_labelled, fresh.num_tokens) == (again.epoch, again.num_labelled, again.num_tokens)
+        assert (fresh.epoch, fresh.num_labelled, fresh.num_tokens) == (
+            again.epoch,
+            again.num_labelled,
+            again.num_tokens,
+        )
 
 
 def test_epochs_and_seeds_differ_and_the_order_is_pinned():
@@ -83,3 +87,6 @@ def test_evaluation_takes_every_window_once_and_keeps_a_sentence_together(window
         for place, number in enumerate(found):
             places.setdefault(int(sentences[number]), []).append((micro_batch, place - int(number)))
     assert all(len(set(found)) == 1 for found in places.values()), "windows in order, side by side"
+    for found, following in pairwise(plan):
+        next_sentence = following[sentences[following] == sentences[following[0]]]
+        assert lengths[found].sum() + lengths[next_sentence].sum() > room, "as full as can be"

@@ -19,11 +19,11 @@ def write_recipe(folder: Path, text: str) -> Path:
     "path", sorted(path for place in shelf.shelves("data") for path in place.glob("*.toml")), ids=lambda path: path.stem
 )
 def test_every_recipe_on_the_shelf_loads_or_says_what_to_fetch(path, monkeypatch):
-    monkeypatch.delenv("MPITRAIN_DATA", raising=False)
+    monkeypatch.delenv("MPITRAIN_CORPORA", raising=False)
     try:
         assert set(load_recipe(path.stem).files) == {"train", "dev", "test"}
     except DataError as error:
-        assert "Fetch" in str(error) and "https://" in str(error) and "$MPITRAIN_DATA/" in str(error)
+        assert "Fetch" in str(error) and "https://" in str(error) and "$MPITRAIN_CORPORA/" in str(error)
 
 
 def test_files_lie_beside_the_recipe_or_below_the_data_variable(tmp_path, monkeypatch):
@@ -32,10 +32,10 @@ def test_files_lie_beside_the_recipe_or_below_the_data_variable(tmp_path, monkey
     (elsewhere / "b.conll").write_text("x\tO\n")
     (tmp_path / "a.conll").write_text("x\tO\n")
     path = write_recipe(tmp_path, '[files]\ntrain = "a.conll"\ndev = "b.conll"\n')
-    monkeypatch.delenv("MPITRAIN_DATA", raising=False)
+    monkeypatch.delenv("MPITRAIN_CORPORA", raising=False)
     with pytest.raises(DataError, match=r"found no b\.conll"):
         load_recipe(path)
-    monkeypatch.setenv("MPITRAIN_DATA", str(elsewhere))
+    monkeypatch.setenv("MPITRAIN_CORPORA", str(elsewhere))
     assert load_recipe(path).files == {"train": tmp_path / "a.conll", "dev": elsewhere / "b.conll"}
 
 

@@ -32,7 +32,7 @@ def make_tiny(place: Path) -> list[str]:
     (place / "tiny.toml").write_text(CARD, encoding="utf-8")
     fields = {"model": place / "tiny.toml", "data": corpus, "tokenizer.vocab_size": 300}
     # More than one thread a rank would be slow on a busy machine.
-    fields |= {"train.batch_size": 8, "train.micro_batches": 4, "train.threads": 1}
+    fields |= {"train.epochs": 4, "train.batch_size": 8, "train.micro_batches": 4, "train.threads": 1}
     return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
 
 
@@ -71,3 +71,8 @@ def processes_of(mark: str) -> dict[int, list[str]]:
         except OSError:  # it has just ended, or is not ours
             continue
     return found
+
+
+def ranks_of(mark: str) -> list[int]:
+    """Process ids of the ranks among them, launchers left out."""
+    return sorted(pid for pid, argv in processes_of(mark).items() if argv[1:3] == ["-m", "mpitrain"])
