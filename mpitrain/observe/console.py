@@ -92,6 +92,7 @@ def score_table(title: str, report: Mapping[str, Any], replicas: Sequence[Mappin
         table.add_row(
             escape(kind), *(f"{scores[key]:.4f}" for key in ("precision", "recall", "f1")), f"{scores['support']:,}"
         )
+    table.add_row()  # what follows are no types
     for number, share in enumerate(replicas):
         table.add_row(f"replica {number}", *_totals(share), style="dim")
     table.add_row("all", *_totals(report), style="bold")
