@@ -10,10 +10,6 @@ run=${RUN:-runs/local}     # everything the run writes, and what it is resumed f
 # ---- the same in every job script ----
 set -euo pipefail
 
-# Many parallel file systems refuse the lock that HDF5 takes on opening a file. Shards are never changed once they
-# are written, and no two ranks write one checkpoint file, so there is nothing that a lock would protect.
-export HDF5_USE_FILE_LOCKING=FALSE
-
 # exec: the launcher takes the place of this script, so that the script's exit code is mpitrain's (75: stopped
 # cleanly, start me again) and `kill -USR1` of the script's process asks the run to save a checkpoint and stop.
 # A fixed --out: the same command, started again, goes on from the newest checkpoint in it.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from launching import clean_environment, command, mpitrain
+from seqeval.metrics import accuracy_score, f1_score
 from tiny import make_tiny
 
 MESHES = {"one rank": (1,), "two ranks": (2,), "three ranks": (3,), "two stages": (2, "--mesh.pipe", "2")}
@@ -80,6 +81,15 @@ def test_words_in_are_words_out_in_the_same_order_whatever_they_hold(trained, ta
     labels = {"O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"}
     assert all(len(row) == 3 and row[1] in labels and 0 < float(row[2]) <= 1 for rows in tagged_by_one for row in rows)
     assert len({row[1] for rows in tagged_by_one for row in rows}) > 1
+
+
+def test_tags_are_those_that_the_scores_were_made_of(trained, tagged_by_one):
+    dev = (trained[0] / "corpus" / "dev.conll").read_text().strip("\n").split("\n\n")
+    gold = [[row.split("\t")[1] for row in block.split("\n")] for block in dev]
+    predicted = [[row[1] for row in rows] for rows in tagged_by_one[2:]]
+    expected = json.loads((trained[0] / "run" / "eval.json").read_text())["dev"]
+    assert f1_score(gold, predicted) == pytest.approx(expected["f1_conlleval"])
+    assert accuracy_score(gold, predicted) == pytest.approx(expected["token_accuracy"])
 
 
 @pytest.mark.parametrize("mesh", ["three ranks", "two stages"])
