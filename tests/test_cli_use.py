@@ -144,9 +144,7 @@ def test_transformers_loads_what_export_writes_with_the_same_pieces_and_logits(t
             torch.testing.assert_close(found, model(**theirs).logits[0], rtol=0, atol=1e-5)
 
 
-def test_inspect_shows_the_checkpoint_of_a_run_and_the_shards(trained):
+def test_inspect_shows_the_checkpoint_of_a_run(trained):
     shown = use(trained, 1, "inspect", "run")
     assert "step-00000156" in shown
     assert shown.count("whole") == 4 and "DAMAGED" not in shown
-    shards = next((trained[0] / "cache").iterdir())
-    assert "200" in use(trained, 2, "inspect", str(shards))

@@ -53,7 +53,7 @@ def train_with(problem: tuple[Path, list[str], dict[str, str]], misfortune: str,
     (place / f"{out}.py").write_text(SCRIPT.format(misfortune=misfortune))
     mark = {"TEST_MARK": f"exit-{out}-{os.getpid()}"}
     arguments = (f"{out}.py", *flags, "--out", out, "--mesh.data", "3")
-    done = mpirun(3, *arguments, cwd=place, timeout=60, **environment, **mark)
+    done = mpirun(3, *arguments, cwd=place, timeout=90, **environment, **mark)
     limit = time.monotonic() + SECONDS
     while left := processes_of(f"TEST_MARK={mark['TEST_MARK']}"):
         assert time.monotonic() < limit, left
