@@ -89,7 +89,7 @@ class Train(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
     threads: PositiveInt | None = None
-    """compute threads per rank; if not given the cores of this rank divided by the ranks that share them"""
+    """compute threads per rank; else OMP_NUM_THREADS; else an even share of the cores that this rank may use"""
     early_stopping: Annotated[int, Field(ge=0)] = 0
     """stop after this many evaluations without a better dev F1; 0 is off"""
     max_skipped_steps: PositiveInt = 10

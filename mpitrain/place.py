@@ -81,7 +81,7 @@ def _mesh_shape(num_ranks: int, config: Config, card: ModelCard, pipe: int | Non
         if pipe is not None:
             return num_ranks // pipe, pipe
         if config.pipeline.layers is not None:
-            return num_ranks // len(config.pipeline.layers), len(config.pipeline.layers)
+            return max(1, num_ranks // len(config.pipeline.layers)), len(config.pipeline.layers)
         return choose_mesh(num_ranks, card.num_hidden_layers, config.train.micro_batches)
     return data or max(1, num_ranks // (stages or 1)), stages or max(1, num_ranks // (data or 1))
 

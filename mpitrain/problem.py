@@ -16,6 +16,7 @@ from mpitrain.dataset.recipe import Recipe, load_recipe, recipe_of_files
 from mpitrain.dataset.shards import DatasetInfo, open_dataset, verify_dataset
 from mpitrain.dataset.tokenize import load_tokenizer, tokenizer_hash
 from mpitrain.errors import DataError
+from mpitrain.metrics import Counts
 from mpitrain.model.card import ModelCard, resolve_model
 from mpitrain.model.pretrained import Pretrained, read_pretrained
 from mpitrain.observe.console import Console
@@ -163,6 +164,7 @@ def read_card(model: ModelCard | Path) -> ModelCard:
 
 def _open(config: Config, model: ModelCard | Path, directory: Path) -> Problem:
     info = open_dataset(directory)
+    Counts.of(info.label_names)  # labels that could not be scored are refused before anything is trained
     tokenizer = load_tokenizer(directory)
     brought = own_tokenizer(config, model)
     if brought is not None and tokenizer_hash(brought) != info.tokenizer_hash:

@@ -40,7 +40,7 @@ def test_the_bare_run_says_its_mesh_its_stages_its_scores_and_what_comes_next(ba
     assert "mesh     8 rank(s) = 4 data x 2 pipe" in lines
     assert "         stage 0: embeddings, layers 0-1" in lines
     assert "         stage 1: layers 2-3, classifier" in lines
-    table = lines[lines.index("test: entity scores (conlleval)") + 1 :]
+    table = [line for line in lines[lines.index("test: entity scores (conlleval)") + 1 :] if line.strip()]
     assert table[0].split() == ["precision", "recall", "F1", "support"]
     rows = ["LOC", "ORG", "PER", *(f"replica {number}" for number in range(4)), "all"]
     assert [row[:10].strip() for row in table[1:9]] == rows

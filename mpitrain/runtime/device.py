@@ -40,12 +40,13 @@ def place_on_node(comm: Comm) -> tuple[int, int]:
 def share_cores(comm: Comm, threads: int | None) -> tuple[int, bool]:
     """Set the compute threads of this rank; returns them and whether ranks outnumber cores here (collective).
 
-    Ranks whose affinity masks are equal share those cores evenly.
+    Ranks whose affinity masks are equal share those cores evenly, unless `threads` or OMP_NUM_THREADS says otherwise.
     """
     mask = sorted(os.sched_getaffinity(0))
     node = Comm(comm.Split_type(MPI.COMM_TYPE_SHARED))
     num_sharing = collect(node, mask).count(mask)
     node.Free()
-    num_threads = threads or max(1, len(mask) // num_sharing)
+    told = os.environ.get("OMP_NUM_THREADS", "")  # job scripts say it there
+    num_threads = threads or (int(told) if told.isdigit() and int(told) else max(1, len(mask) // num_sharing))
     torch.set_num_threads(num_threads)
     return num_threads, num_sharing > len(mask)
