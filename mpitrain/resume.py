@@ -146,7 +146,7 @@ def documents_of(run: Run) -> dict[str, str]:
         "config": run.config.model_dump(mode="json"),
         "mesh": {"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": 1, "stages": run.place.stages},
         "data": str(Path(run.config.data).resolve()) if Path(run.config.data).exists() else run.config.data,
-        "shards": str(run.problem.directory),
+        "shards": str(Path(run.problem.directory or "").resolve()),
         "num_steps": run.num_steps,
         "learning_rate": run.stepper.peak_learning_rate,
         "problem": run.problem.describe(),
