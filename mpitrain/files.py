@@ -50,5 +50,5 @@ def write_durably(path: Path, text: str) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Write a file aside, then put it in place, so that readers see the old or the new one, never half."""
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
+    write_durably(aside, text)
     aside.replace(path)

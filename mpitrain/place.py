@@ -31,7 +31,6 @@ class Place:
 
     mesh: Mesh
     transport: Transport
-    num_threads: int
     stages: list[tuple[int, int]]
 
     @property
@@ -59,7 +58,7 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     console.say("mesh", f"{comm.size} rank(s) = {shape[0]} data x {shape[1]} pipe")
     for number, stage in enumerate(stages if shape[1] > 1 else []):
         console.say("", f"stage {number}: {name_blocks(stage, problem.card)}")
-    return Place(mesh, Transport(device, direct, crowded), num_threads, stages)
+    return Place(mesh, Transport(device, direct, crowded), stages)
 
 
 def say_place(

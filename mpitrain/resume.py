@@ -57,7 +57,7 @@ def resume(run: Run) -> None:
             forget_after(run.directory.checkpoints, run.progress.step)
             best = run.directory.checkpoints / f"step-{max(0, run.progress.best_step):08d}"
             best_is_here = (best / MANIFEST).is_file()
-            run.directory.write("config.json", json.loads(documents_of(run)["config.json"]))
+            run.directory.write("config.json", describe_run(run))
     if not share(run.world, best_is_here):  # it was not kept, or stayed in another run
         run.progress.best_f1, run.progress.best_step = -1.0, -1
 
@@ -100,7 +100,7 @@ def say_what_differs(run: Run, place: Path) -> None:
     with together(run.world, f"reading {place}"):
         if run.world.rank == 0:
             then = json.loads((place / "config.json").read_text(encoding="utf-8"))
-            now = json.loads(documents_of(run)["config.json"])
+            now = describe_run(run)
             for key, value in now["config"]["train"].items():
                 if key not in FREE_TO_CHANGE and then["config"]["train"].get(key) != value:
                     run.console.warn(f"--train.{key} was {then['config']['train'].get(key)}, is {value} from here on")
@@ -131,17 +131,20 @@ def save_checkpoint(run: Run) -> None:
         progress=progress,
         mesh={"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": 1},
         identity=identity_of(run),
-        documents=documents_of(run),
+        documents={
+            "config.json": json.dumps(describe_run(run), indent=1),
+            "tokenizer.json": run.problem.tokenizer_json,
+        },
     )
     with together(run.world, "deleting old checkpoints"):
         if run.world.rank == 0:
             retain(run.directory.checkpoints, run.config.checkpoint.keep, progress.best_step)
 
 
-def documents_of(run: Run) -> dict[str, str]:
-    """The files that make a checkpoint usable without its data and its run directory."""
+def describe_run(run: Run) -> dict[str, Any]:
+    """The config.json that makes a checkpoint usable without its data and its run directory."""
     mesh = run.place.mesh
-    config = {
+    return {
         "mpitrain": __version__,
         "config": run.config.model_dump(mode="json"),
         "mesh": {"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": 1, "stages": run.place.stages},
@@ -151,4 +154,3 @@ def documents_of(run: Run) -> dict[str, str]:
         "learning_rate": run.stepper.peak_learning_rate,
         "problem": run.problem.describe(),
     }
-    return {"config.json": json.dumps(config, indent=1), "tokenizer.json": run.problem.tokenizer_json}

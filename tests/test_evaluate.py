@@ -60,7 +60,7 @@ def place_on(comm: Any, data: int, pipe: int) -> tuple[Place, Executor]:
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter.mul_(3)  # so that random weights predict more than one label
-    place = Place(mesh, Transport(patient=True), 1, stages)
+    place = Place(mesh, Transport(patient=True), stages)
     return place, Executor(stage, mesh, place.transport, card.hidden_size)
 
 
