@@ -30,6 +30,11 @@ def _check(names: Sequence[str], prefixes: tuple[str, ...]) -> None:
             )
 
 
+def is_plain(label_names: Sequence[str]) -> bool:
+    """Whether labels are plain tags such as parts of speech: none begins with B-, I-, E- or S-."""
+    return not any(name.startswith(_PREFIXES) for name in label_names)
+
+
 @dataclass(frozen=True)
 class _Table:
     """What each label id means; the id after the last label stands for "no label"."""
@@ -84,7 +89,7 @@ class Counts:
 
     Layout: [mode, (true positives, predicted, gold), type] flattened, then TOTALS (`tokens`: words with a gold label).
 
-    Label names are IOB2, or plain tags: names none of which begins with B-, I-, E- or S-. A plain tag, O included, is
+    Label names are IOB2, or plain tags (`is_plain`). A plain tag, O included, is
     a type, and each word an entity of that type: both modes agree, and their f1 is the token-level micro F1, which is
     the token accuracy where every word has a prediction.
     """
@@ -100,7 +105,7 @@ class Counts:
         Raises:
             DataError: some names have an entity prefix, and some are neither IOB2 nor O.
         """
-        plain = not any(name.startswith(_PREFIXES) for name in label_names)
+        plain = is_plain(label_names)
         if not plain:
             _check(label_names, _PREFIXES[:2])
         return cls(label_names, _Table.of(label_names, plain))
@@ -122,10 +127,6 @@ class Counts:
     def by_type(self) -> NDArray[np.int64]:
         """The part [mode, (true positives, predicted, gold), type] of the vector, as a view."""
         return self.vector[: -len(TOTALS)].reshape(len(MODES), 3, len(self.types))
-
-    def __add__(self, other: Counts) -> Counts:
-        assert self.label_names == other.label_names
-        return Counts.from_vector(self.label_names, self.vector + other.vector)
 
     def add(
         self, gold: NDArray[np.integer[Any]], predicted: NDArray[np.integer[Any]], lengths: Sequence[int] | None = None

@@ -6,7 +6,6 @@ Hugging Face gives them, so a checkpoint needs no table of translations.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from hashlib import blake2b
@@ -213,18 +212,6 @@ def _drop(x: Tensor, dropout: KeyedDropout | None, probability: float, site: int
 def num_blocks(card: ModelCard) -> int:
     """Embeddings, encoder layers, head."""
     return card.num_hidden_layers + 2
-
-
-def block_of(name: str, card: ModelCard) -> int:
-    """The block that holds the parameter of that name.
-
-    Raises:
-        KeyError: no parameter of the model has such a name.
-    """
-    found = re.match(r"bert\.(embeddings)\.|bert\.encoder\.layer\.(\d+)\.|(classifier)\.", name)
-    if found is None or int(found[2] or 0) >= card.num_hidden_layers:
-        raise KeyError(name)
-    return 0 if found[1] else num_blocks(card) - 1 if found[3] else int(found[2]) + 1
 
 
 def parameter_shapes(card: ModelCard, num_labels: int) -> dict[str, tuple[int, ...]]:

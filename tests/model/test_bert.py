@@ -9,7 +9,6 @@ from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import (
     BertStage,
     block_costs,
-    block_of,
     initialize,
     load_weights,
     num_blocks,
@@ -169,15 +168,6 @@ def test_a_sequence_beyond_the_positions_is_refused_with_both_numbers():
     tokens, _, layout = batch(CASED, [34])
     with pytest.raises(DataError, match=r"34 tokens.*is 33"):
         cut(CASED, 1)[0](tokens, layout)
-
-
-def test_every_parameter_knows_its_block():
-    for block in range(num_blocks(UNCASED)):
-        for name, _ in BertStage(UNCASED, LABELS, block, block + 1).named_parameters():
-            assert block_of(name, UNCASED) == block
-    for name in ("bert.encoder.layer.4.output.dense.bias", "bert.pooler.dense.bias", "classifier"):
-        with pytest.raises(KeyError):
-            block_of(name, UNCASED)
 
 
 def test_costs_of_the_layers_are_equal_dominate_and_grow_with_the_length():
