@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpitrain import __version__, config
-from mpitrain.errors import ExitCode, MpitrainError, UsageError, on_all_ranks
+from mpitrain.errors import CheckpointError, ExitCode, MpitrainError, UsageError, on_all_ranks
 from mpitrain.runtime import launch
 
 if TYPE_CHECKING:
@@ -113,20 +114,14 @@ def print_help(command: str) -> None:
 def run(world: Any, command: str, arguments: list[str], stop: launch.StopRequest) -> int:
     """A command's exit code, the same on all ranks; errors that not all ranks share end the job instead."""
     from mpitrain.observe.console import Console
-    from mpitrain.runtime.agree import together
+    from mpitrain.runtime.agree import attempt
 
     console = Console(world.rank == 0, to_stderr=command == "predict")
     try:
-        settings: Config | None = None
-        options = argparse.Namespace()
-        with together(world, "reading the configuration"):
-            own, fields = split_arguments(arguments)
-            options = command_parser(command).parse_args(own)
-            settings = config.load(fields, options.config)
-        assert settings is not None
+        options, settings = attempt(world, "reading the configuration", lambda: _read_arguments(command, arguments))
         same_on_all_ranks(world, {"command": command, **vars(options), **settings.model_dump()})
         if command == "train":
-            return _train(world, settings, console, stop)
+            return _train(world, arguments, settings, console, stop)
         return HANDLERS[command](world, options, settings, console)
     except MpitrainError as error:
         if not error.agreed:
@@ -135,6 +130,12 @@ def run(world: Any, command: str, arguments: list[str], stop: launch.StopRequest
             console.stop_steps()
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return error.code
+
+
+def _read_arguments(command: str, arguments: list[str]) -> tuple[argparse.Namespace, Config]:
+    own, fields = split_arguments(arguments)
+    options = command_parser(command).parse_args(own)
+    return options, config.load(fields, options.config)
 
 
 def same_on_all_ranks(world: Any, settings: dict[str, Any]) -> None:
@@ -151,13 +152,15 @@ def same_on_all_ranks(world: Any, settings: dict[str, Any]) -> None:
                 )
 
 
-def _train(world: Any, settings: Config, console: Console, stop: launch.StopRequest) -> int:
+def _train(world: Any, arguments: list[str], settings: Config, console: Console, stop: launch.StopRequest) -> int:
     from mpitrain.train import train
 
     console.say("mpitrain", __version__)
     code, directory = train(world, settings, console, stop)
     if code == ExitCode.STOPPED:
-        console.say("stopped", f"cleanly; to go on: python -m mpitrain --out {directory} (with the same settings)")
+        launcher = f"mpirun -np {world.size} " if world.size > 1 else ""
+        told = arguments if settings.out is not None else [*arguments, "--out", str(directory)]
+        console.say("stopped", f"cleanly; to go on: {launcher}python -m mpitrain {shlex.join(told)}")
         return code
     console.say("next", f"python -m mpitrain evaluate --checkpoint {directory}")
     console.say("", f"echo 'Maria Jordan flew to Paris .' | python -m mpitrain predict --checkpoint {directory} -")
@@ -170,13 +173,14 @@ def _prepare(world: Any, options: argparse.Namespace, settings: Config, console:
 
     directory = prepare_files(world, settings, options.files, console)
     show(world, console, directory)
+    console.say("shards", f"{directory}; to train on them: --data {shlex.quote(str(directory))}")
     return ExitCode.DONE
 
 
 def _evaluate(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
     from mpitrain.evaluate import evaluate_checkpoint
 
-    evaluate_checkpoint(world, settings, _needed(world, options.checkpoint), console)
+    evaluate_checkpoint(world, settings, _needed(options.checkpoint), console)
     return ExitCode.DONE
 
 
@@ -184,7 +188,7 @@ def _predict(world: Any, options: argparse.Namespace, settings: Config, console:
     from mpitrain.predict import predict
     from mpitrain.restore import open_checkpoint, restore_stage
 
-    trained = open_checkpoint(world, _needed(world, options.checkpoint), console)
+    trained = open_checkpoint(world, _needed(options.checkpoint), console)
     place, executor = restore_stage(world, settings, trained, console)
     number = predict(
         executor,
@@ -204,7 +208,7 @@ def _export(world: Any, options: argparse.Namespace, settings: Config, console: 
     from mpitrain.export import export
     from mpitrain.restore import open_checkpoint
 
-    place = _needed(world, options.checkpoint)
+    place = _needed(options.checkpoint)
     out = settings.out or Path("exported")
     export(world, open_checkpoint(world, place, console), out)
     console.say("exported", f"{out}: load it with AutoModelForTokenClassification.from_pretrained({str(out)!r})")
@@ -212,33 +216,29 @@ def _export(world: Any, options: argparse.Namespace, settings: Config, console: 
 
 
 def _inspect(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    from mpitrain.runtime.agree import together
-
     place = options.directory or options.checkpoint
-    with together(world, "reading the arguments"):
-        if place is None:
-            raise UsageError("inspect needs a directory: of shards, of a run, or a checkpoint")
+    if place is None:
+        raise on_all_ranks(UsageError("inspect needs a directory: of shards, of a run, or a checkpoint"))
     show(world, console, place)
     return ExitCode.DONE
 
 
 def show(world: Any, console: Console, place: Path) -> None:
-    """What is in a directory, on rank 0 (collective)."""
+    """What is in a directory, on rank 0 (collective); damage is an error after what there is was shown."""
     from mpitrain.describe import describe
     from mpitrain.runtime.agree import together
 
     with together(world, f"inspecting {place}"):
         if world.rank == 0:
-            console.show(describe(place))
+            content, damaged = describe(place)
+            console.show(content)
+            if damaged:
+                raise CheckpointError(f"damaged or missing: {', '.join(map(str, damaged))}")
 
 
-def _needed(world: Any, checkpoint: Path | None) -> Path:
-    from mpitrain.runtime.agree import together
-
-    with together(world, "looking for --checkpoint"):
-        if checkpoint is None:
-            raise UsageError("--checkpoint DIR is needed: a run directory or one checkpoint")
-    assert checkpoint is not None
+def _needed(checkpoint: Path | None) -> Path:
+    if checkpoint is None:  # arguments are the same on all ranks
+        raise on_all_ranks(UsageError("--checkpoint DIR is needed: a run directory or one checkpoint"))
     return checkpoint
 
 

@@ -193,7 +193,7 @@ def load(flags: Sequence[str], file: Path | None = None) -> Config:
     unknown = sorted(
         name
         for name in os.environ
-        if name.startswith("MPITRAIN_") and name not in OTHER_VARIABLES and not _is_field(name)
+        if name.startswith("MPITRAIN_") and name not in OTHER_VARIABLES and not _names_a_field(name)
     )
     Config.sources = (flags, table)
     try:
@@ -209,13 +209,9 @@ def load(flags: Sequence[str], file: Path | None = None) -> Config:
     return config
 
 
-def _is_field(variable: str) -> bool:
-    path = variable.removeprefix("MPITRAIN_").lower().split("__")
-    fields: dict[str, Any] = Config.model_fields
-    for part in path[:-1]:
-        kind = fields[part].annotation if part in fields else None
-        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
-    return path[-1] in fields
+def _names_a_field(variable: str) -> bool:
+    """Whether its first word is a field; pydantic sees to what comes after `__`."""
+    return variable.removeprefix("MPITRAIN_").lower().partition("__")[0] in Config.model_fields
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

@@ -19,33 +19,36 @@ from mpitrain.errors import CheckpointError, UsageError
 from mpitrain.files import file_hash
 
 
-def describe(place: Path) -> Any:
-    """Something that rich can print.
+def describe(place: Path) -> tuple[Any, list[Path]]:
+    """Something that rich can print, and the files of a checkpoint that are not as they were written.
 
     Raises:
         UsageError: the directory is neither of the three.
         MpitrainError: it is damaged.
     """
     if is_dataset(place):
-        return describe_dataset(place)
+        return describe_dataset(place), []
     try:
         found = find_checkpoint(place)
     except CheckpointError:
         raise UsageError(f"{place}: is neither a directory of shards, nor a run, nor a checkpoint") from None
     run = found.parent if found != place else None
     others = [f"checkpoints in the run: {', '.join(path.name for path in reversed(committed(run)))}"] if run else []
-    return Group(*others, describe_checkpoint(found))
+    content, damaged = describe_checkpoint(found)
+    return Group(*others, content), damaged
 
 
-def describe_checkpoint(directory: Path) -> Group:
-    """Step, settings, files with the state of their hashes, and tensors."""
+def describe_checkpoint(directory: Path) -> tuple[Group, list[Path]]:
+    """Step, settings, files with the state of their hashes, and tensors; and the files that are not whole."""
     manifest = read_manifest(directory)
     files = Table(box=None, header_style="bold", title="files", title_justify="left")
     for name in ("file", "bytes", "pieces", "sha256"):
         files.add_column(name, justify="left" if name in ("file", "sha256") else "right")
+    damaged = []
     for name, entry in sorted(manifest.files.items()):
         path = directory / name
         whole = path.is_file() and not path.is_symlink() and file_hash(path) == entry.sha256
+        damaged += [] if whole else [path]
         state = "whole" if whole else "DAMAGED" if path.exists() else "MISSING"
         files.add_row(name, f"{entry.bytes:,}", f"{len(entry.pieces):,}", f"{entry.sha256[:12]}  {state}")
     tensors = Table(box=None, header_style="bold", title="tensors", title_justify="left")
@@ -63,7 +66,7 @@ def describe_checkpoint(directory: Path) -> Group:
         f"mesh {json.dumps(manifest.mesh)}; {num_weights:,} weights",
         f"labels {', '.join(manifest.identity.get('labels', []))}",
     ]
-    return Group(*map(escape, head), files, tensors)
+    return Group(*map(escape, head), files, tensors), damaged
 
 
 def describe_dataset(directory: Path) -> Group:

@@ -16,7 +16,7 @@ from mpitrain.dataset.batches import Indices, evaluation_plan
 from mpitrain.dataset.loader import Split
 from mpitrain.dataset.sequences import Sequences
 from mpitrain.files import replace_file, user_path
-from mpitrain.metrics import Counts, report
+from mpitrain.metrics import Counts, is_plain, report
 from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import token_loss
 from mpitrain.observe.console import Console, score_table
@@ -108,7 +108,7 @@ def evaluate_checkpoint(comm: Comm, config: Config, checkpoint: Path, console: C
     for name in splits:
         split = Split(place.mesh.world, shards, info, name)
         reports[name], replicas = evaluate(executor, place, trained.problem, split)
-        console.show(score_table(f"{name}: entity scores (conlleval)", reports[name], replicas))
+        console.show(score_table(name, reports[name], replicas, plain=is_plain(info.label_names)))
     with together(comm, "writing eval.json"):
         if comm.rank == 0 and config.out is not None:
             with user_path("--out", config.out):

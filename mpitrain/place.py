@@ -16,7 +16,7 @@ from mpitrain.pipeline.balance import by_hand, choose_mesh, split_blocks
 from mpitrain.pipeline.executor import Executor
 from mpitrain.problem import Problem
 from mpitrain.runtime import mesh as meshes
-from mpitrain.runtime.agree import Comm, together
+from mpitrain.runtime.agree import Comm, attempt
 from mpitrain.runtime.device import choose_device, place_on_node, share_cores
 from mpitrain.runtime.launch import library_version
 from mpitrain.runtime.mesh import Mesh
@@ -46,13 +46,9 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
         pipe: number of stages if neither axis is given, instead of the rule for training.
     """
     device = choose_device(comm, config.train.device)
-    direct = device.type == "cuda" and cuda_aware(comm)
+    direct = cuda_aware(comm) and device.type == "cuda"  # asked on CPUs too: a bad value should be found early
     num_threads, crowded = share_cores(comm, config.train.threads)
-    shape, stages = (1, 1), []
-    with together(comm, "choosing the mesh"):
-        shape = _mesh_shape(comm.size, config, problem.card, pipe)
-        meshes.check_shape(comm.size, *shape)
-        stages = _split_model(config, problem, shape[1])
+    shape, stages = attempt(comm, "choosing the mesh", lambda: _choose_mesh(comm.size, config, problem, pipe))
     mesh = meshes.build(comm, *shape)
     say_place(comm, console, device, direct, num_threads, crowded)
     console.say("mesh", f"{comm.size} rank(s) = {shape[0]} data x {shape[1]} pipe")
@@ -72,6 +68,14 @@ def say_place(
     if device.type == "cuda":
         way = "directly (CUDA-aware MPI)" if direct else "staged through pinned host memory"
         console.say("device", f"{torch.cuda.get_device_name(device)}; tensors reach MPI {way}")
+
+
+def _choose_mesh(
+    num_ranks: int, config: Config, problem: Problem, pipe: int | None
+) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    shape = _mesh_shape(num_ranks, config, problem.card, pipe)
+    meshes.check_shape(num_ranks, *shape)
+    return shape, _split_model(config, problem, shape[1])
 
 
 def _mesh_shape(num_ranks: int, config: Config, card: ModelCard, pipe: int | None) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from mpitrain.config import Config
 from mpitrain.dataset.prepare import cached, is_dataset, prepare
-from mpitrain.dataset.recipe import Recipe, load_recipe, recipe_of_files
+from mpitrain.dataset.recipe import load_recipe, recipe_of_files
 from mpitrain.dataset.shards import DatasetInfo, open_dataset, verify_dataset
 from mpitrain.dataset.tokenize import load_tokenizer, tokenizer_hash
 from mpitrain.errors import DataError
@@ -20,7 +20,7 @@ from mpitrain.metrics import Counts
 from mpitrain.model.card import ModelCard, resolve_model
 from mpitrain.model.pretrained import Pretrained, read_pretrained
 from mpitrain.observe.console import Console
-from mpitrain.runtime.agree import Comm, share, together
+from mpitrain.runtime.agree import Comm, attempt, share
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,10 @@ def find_problem(comm: Comm, config: Config, console: Console) -> Problem:
     Raises:
         MpitrainError: on all ranks, with the first cause.
     """
-    model: ModelCard | Path = Path()
-    with together(comm, "resolving --model"):
-        model = resolve_model(config.model)
+    model = attempt(comm, "resolving --model", lambda: resolve_model(config.model))
     directory = prepare_data(comm, config, model, console)
-    problem = None
-    with together(comm, "opening model and data"):
-        problem = _open(config, model, directory)
-    assert problem is not None and problem.info is not None
-    verify_dataset(comm, directory, problem.info)
+    problem, info = attempt(comm, "opening model and data", lambda: _open(config, model, directory))
+    verify_dataset(comm, directory, info)
     return problem
 
 
@@ -78,12 +73,9 @@ def prepare_data(comm: Comm, config: Config, model: ModelCard | Path, console: C
     """The directory of prepared shards that `--data` means (collective)."""
     if share(comm, is_dataset(Path(config.data))):
         return Path(config.data)
-    recipe: Recipe | None = None
-    settings: dict[str, Any] = {}
-    with together(comm, "resolving --data"):
-        recipe = load_recipe(config.data)
-        settings = how_to_prepare(config, model, console)
-    assert recipe is not None
+    recipe, settings = attempt(
+        comm, "resolving --data", lambda: (load_recipe(config.data), how_to_prepare(config, model, console))
+    )
     return cached(comm, recipe, **settings)
 
 
@@ -101,14 +93,14 @@ def how_to_prepare(config: Config, model: ModelCard | Path, console: Console) ->
 
 def prepare_files(comm: Comm, config: Config, files: Sequence[str], console: Console) -> Path:
     """`mpitrain prepare`: tagged text, or `--data`, into shards in `--out` or in the cache (collective)."""
-    model: ModelCard | Path = Path()
-    recipe: Recipe | None = None
-    settings: dict[str, Any] = {}
-    with together(comm, "resolving --model and --data"):
-        model = resolve_model(config.model)
-        recipe = recipe_of_files(files) if files else load_recipe(config.data)
-        settings = how_to_prepare(config, model, console)
-    assert recipe is not None
+    recipe, settings = attempt(
+        comm,
+        "resolving --model and --data",
+        lambda: (
+            recipe_of_files(files) if files else load_recipe(config.data),
+            how_to_prepare(config, resolve_model(config.model), console),
+        ),
+    )
     if config.out is None:
         return cached(comm, recipe, **settings)
     prepare(comm, recipe, config.out, **settings)
@@ -129,11 +121,9 @@ def find_data(
     wanted = config.data if "data" in config.model_fields_set else trained["data"]
     directory = Path(wanted if wanted != trained["data"] else trained["shards"])
     if not share(comm, is_dataset(directory)):
-        recipe: Recipe | None = None
-        with together(comm, "resolving --data"):
-            # The model's labels, in its order, whatever subset of them this text has.
-            recipe = load_recipe(wanted).model_copy(update={"labels": problem.label_names})
-        assert recipe is not None
+        recipe = attempt(comm, "resolving --data", lambda: load_recipe(wanted))
+        # The model's labels, in its order, whatever subset of them this text has.
+        recipe = recipe.model_copy(update={"labels": problem.label_names})
         card = problem.card
         directory = cached(
             comm,
@@ -144,17 +134,19 @@ def find_data(
             max_length=card.max_position_embeddings,
             progress=lambda text: console.say("prepare", text),
         )
-    info: DatasetInfo | None = None
-    with together(comm, f"opening {directory}"):
-        info = open_dataset(directory)
-        if info.label_names != problem.label_names or info.tokenizer_hash != tokenizer_hash(problem.tokenizer):
-            raise DataError(
-                f"{directory}: was prepared for another model: its labels are {', '.join(info.label_names)}, the "
-                f"model's are {', '.join(problem.label_names)}, or the tokenizers differ; give the text as --data"
-            )
-    assert info is not None
+    info = attempt(comm, f"opening {directory}", lambda: _open_fitting(directory, problem))
     verify_dataset(comm, directory, info)
     return directory, info
+
+
+def _open_fitting(directory: Path, problem: Problem) -> DatasetInfo:
+    info = open_dataset(directory)
+    if info.label_names != problem.label_names or info.tokenizer_hash != tokenizer_hash(problem.tokenizer):
+        raise DataError(
+            f"{directory}: was prepared for another model: its labels are {', '.join(info.label_names)}, the "
+            f"model's are {', '.join(problem.label_names)}, or the tokenizers differ; give the text as --data"
+        )
+    return info
 
 
 def read_card(model: ModelCard | Path) -> ModelCard:
@@ -162,9 +154,11 @@ def read_card(model: ModelCard | Path) -> ModelCard:
     return read_pretrained(model).card if isinstance(model, Path) else model
 
 
-def _open(config: Config, model: ModelCard | Path, directory: Path) -> Problem:
+def _open(config: Config, model: ModelCard | Path, directory: Path) -> tuple[Problem, DatasetInfo]:
     info = open_dataset(directory)
     Counts.of(info.label_names)  # labels that could not be scored are refused before anything is trained
+    if info.label_names == ["O"]:
+        raise DataError(f"{directory}: every word is tagged O, so there is nothing to learn; is the tag column right?")
     tokenizer = load_tokenizer(directory)
     brought = own_tokenizer(config, model)
     if brought is not None and tokenizer_hash(brought) != info.tokenizer_hash:
@@ -187,4 +181,4 @@ def _open(config: Config, model: ModelCard | Path, directory: Path) -> Problem:
     if config.train.dropout is not None:
         names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
         card = card.model_copy(update=dict.fromkeys(names, config.train.dropout))
-    return Problem(card, info.label_names, tokenizer, directory, info, pretrained)
+    return Problem(card, info.label_names, tokenizer, directory, info, pretrained), info

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 
 from mpitrain.checkpoint.load import fill, find_checkpoint, verify
-from mpitrain.checkpoint.manifest import Manifest
+from mpitrain.checkpoint.manifest import Manifest, committed
 from mpitrain.comm.buckets import StateSlice
 from mpitrain.config import Config
-from mpitrain.errors import CheckpointError
+from mpitrain.errors import CheckpointError, on_all_ranks
 from mpitrain.model.bert import BertStage, load_weights, parameter_shapes
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.executor import Executor
 from mpitrain.place import DTYPES, Place, find_place
 from mpitrain.problem import Problem
-from mpitrain.runtime.agree import Comm, share, together
+from mpitrain.runtime.agree import Comm, attempt, attempt_at_root
+
+DOCUMENTS = ("config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -42,27 +44,26 @@ def open_checkpoint(comm: Comm, place: Path, console: Console) -> Trained:
     Raises:
         CheckpointError: there is none, or it is damaged; on all ranks.
     """
-    found = None
-    with together(comm, "looking for --checkpoint"):
-        if comm.rank == 0:
-            found = str(find_checkpoint(place))
-    directory = Path(share(comm, found))
-    manifest = verify(comm, directory)
+    directory = Path(attempt_at_root(comm, "looking for --checkpoint", lambda: str(find_checkpoint(place))))
+    try:
+        manifest = verify(comm, directory)
+    except CheckpointError as error:  # nothing else is taken instead: a score must be that of what was asked for
+        others = [str(path) for path in committed(directory.parent) if path.name != directory.name]
+        hint = f"; others, to be given as --checkpoint: {', '.join(others)}" if others else ""
+        raise on_all_ranks(CheckpointError(f"{error}{hint}")) from None
     console.say("loaded", f"{directory} ({len(manifest.tensors)} tensors, {len(manifest.files)} files verified)")
-    texts = None
-    with together(comm, f"reading {directory}"):
-        if comm.rank == 0:
-            texts = [(directory / name).read_text(encoding="utf-8") for name in ("config.json", "tokenizer.json")]
-    shared = share(comm, texts)
-    trained = None
-    with together(comm, f"understanding {directory}"):
-        try:
-            described = json.loads(shared[0])
-            trained = Trained(directory, manifest, Problem.from_documents(described["problem"], shared[1]), described)
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{directory}/config.json: cannot be used: {error!r}") from None
-    assert trained is not None
-    return trained
+    texts = attempt_at_root(
+        comm, f"reading {directory}", lambda: [(directory / name).read_text(encoding="utf-8") for name in DOCUMENTS]
+    )
+    return attempt(comm, f"understanding {directory}", lambda: _understand(directory, manifest, *texts))
+
+
+def _understand(directory: Path, manifest: Manifest, config: str, tokenizer: str) -> Trained:
+    try:
+        described = json.loads(config)
+        return Trained(directory, manifest, Problem.from_documents(described["problem"], tokenizer), described)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{directory}/config.json: cannot be used: {error!r}") from None
 
 
 def restore_weights(comm: Comm, trained: Trained, names: list[str]) -> dict[str, torch.Tensor]:

@@ -12,10 +12,10 @@ from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed
 from mpitrain.checkpoint.save import forget_after, retain, save
 from mpitrain.errors import UsageError
 from mpitrain.run import Run
-from mpitrain.runtime.agree import share, together
+from mpitrain.runtime.agree import attempt_at_root, share, together
 
-# Settings of `train` that do not change what is learned.
-FREE_TO_CHANGE = {"device", "threads", "early_stopping", "max_skipped_steps"}
+# Settings of `train` that do not change what is learned, or only by the number of steps, which is compared itself.
+FREE_TO_CHANGE = {"device", "threads", "early_stopping", "max_skipped_steps", "epochs", "max_steps"}
 
 
 def identity_of(run: Run) -> dict[str, Any]:
@@ -71,11 +71,10 @@ def _find_resume(run: Run) -> tuple[Path, Manifest] | None:
     if wanted == "auto":
         found = newest_usable(run.world, run.directory.checkpoints, damaged)
     else:
-        given = ""
-        with together(run.world, "looking for --resume"):
-            if run.world.rank == 0:
-                given = str(find_checkpoint(Path(wanted), best=False))
-        place = Path(share(run.world, given))
+        found_at = attempt_at_root(
+            run.world, "looking for --resume", lambda: str(find_checkpoint(Path(wanted), best=False))
+        )
+        place = Path(found_at)
         _refuse_foreign_checkpoints(run, place)
         found = (place, verify(run.world, place))
     for line in damaged:

@@ -25,5 +25,5 @@ def find(kind: str, name: str) -> Path:
             return candidate
     names = sorted({file.stem for place in shelves(kind) for file in place.glob("*.toml")})
     raise UsageError(
-        f"{kind}: found no file or folder {name!r}, and no such name on the shelf; names there are: {', '.join(names)}"
+        f"{name!r} is no file or folder, nor a name on the shelf of {kind}; names there are: {', '.join(names)}"
     )

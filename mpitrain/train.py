@@ -13,6 +13,7 @@ from mpitrain.dataset.batches import StepPlan
 from mpitrain.dataset.loader import prefetch
 from mpitrain.errors import CheckpointError, ExitCode, MpitrainError, code_of, on_all_ranks
 from mpitrain.evaluate import evaluate
+from mpitrain.metrics import is_plain
 from mpitrain.observe.console import Console, score_table
 from mpitrain.observe.record import RunDirectory
 from mpitrain.resume import resume, save_checkpoint
@@ -185,6 +186,7 @@ def report_best(run: Run) -> None:
             run.scores[name] = evaluate(run.executor, run.place, run.problem, run.splits[name])
     if run.scores:
         name, (report, replicas) = list(run.scores.items())[-1]
-        run.console.show(score_table(f"{name}: entity scores (conlleval)", report, replicas))
+        plain = is_plain(run.problem.label_names)
+        run.console.show(score_table(name, report, replicas, plain=plain))
         if run.world.rank == 0:
             run.directory.write("eval.json", {name: scores for name, (scores, _) in run.scores.items()})

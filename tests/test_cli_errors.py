@@ -32,7 +32,12 @@ TRAINING = [
     Wrong("--data wnut17", BAD_DATA, "wnut17train.conll(.|\n)*Fetch"),
     Wrong("--data ragged", BAD_DATA, r"ragged/train.conll:2: found 1 column\(s\) in 'b'"),
     Wrong("--data mixed.toml --train.epochs 1", BAD_DATA, "'NOUN' does not go with entity labels"),
-    Wrong("--out tiny.toml/run", USAGE, "--out tiny.toml/run: cannot be made: Not a directory"),
+    Wrong("--data outside --train.epochs 1", BAD_DATA, "every word is tagged O"),
+    Wrong("--data plain", BAD_DATA, 'plain/train.conll:1: found .NOUN. as a tag.*a recipe with scheme = "none"'),
+    Wrong(
+        "--model bert-mimi", USAGE, "'bert-mimi' is no file or folder, nor a name on the shelf of models; .*bert-mini"
+    ),
+    Wrong("--out tiny.toml/run", USAGE, "--out tiny.toml/run: Not a directory"),
     Wrong("--out broken --resume run", NO_CHECKPOINT, "run: no complete checkpoint"),
 ]
 COMMANDS = [
@@ -51,6 +56,8 @@ def place(tmp_path_factory) -> Path:
         ("ragged", "train", "a O\nb\n"),
         ("mixed", "train", "a\tNOUN\nb\tB-LOC\n"),
         ("mixed", "dev", "a\tNOUN\n"),
+        ("outside", "train", "a O\nb O\n"),
+        ("plain", "train", "a NOUN\n"),
     ]:
         (folder / name).mkdir(exist_ok=True)
         (folder / name / f"{split}.conll").write_text(text)
@@ -84,7 +91,9 @@ def assert_refused(done: Any, code: int, message: str) -> None:
 
 @pytest.mark.parametrize("wrong", TRAINING, ids=lambda wrong: wrong.arguments)
 def test_training_refuses(place, wrong):
+    before = set(place.iterdir())
     assert_refused(mpitrain_on_two(place, *flags_of(place), *wrong.arguments.split()), wrong.code, wrong.message)
+    assert set(place.iterdir()) - before <= {place / "cache"}, "nothing is left behind"
 
 
 @pytest.mark.parametrize("wrong", COMMANDS, ids=lambda wrong: wrong.arguments)
@@ -97,6 +106,11 @@ def test_a_launcher_of_another_mpi_is_refused_before_n_runs_write_one_directory(
     done = mpitrain(0, *flags_of(place), "--out", "lonely", cwd=place, **{variable: "4"})
     assert_refused(done, USAGE, "started 4 ranks, but MPI sees a world of 1")
     assert not (place / "lonely").exists()
+
+
+def test_a_value_of_gpu_aware_is_checked_on_any_device(place):
+    done = mpitrain_on_two(place, *flags_of(place), MPITRAIN_GPU_AWARE="7")
+    assert_refused(done, USAGE, "MPITRAIN_GPU_AWARE is '7'; 0 .* or 1 ")
 
 
 def test_only_the_first_of_ranks_that_do_not_know_of_each_other_speaks(place):
@@ -164,8 +178,15 @@ def test_a_damaged_checkpoint_is_not_used_and_inspect_says_which_file_it_is(plac
         mpitrain_on_two(place, "evaluate", "--checkpoint", "one"), NO_CHECKPOINT, "one/rank-00000.h5: is damaged"
     )
     shown = mpitrain_on_two(place, "inspect", "one")
-    assert shown.returncode == 0
+    assert_refused(shown, NO_CHECKPOINT, "damaged or missing: one/rank-00000.h5$")
     assert re.search("rank-00000.h5 .*DAMAGED", shown.stdout) and re.search("rank-00001.h5 .*whole", shown.stdout)
+
+
+def test_what_could_be_used_instead_of_a_damaged_checkpoint_is_named(place, run):
+    copy = shutil.copytree(run, place / "half")
+    flip(copy / "checkpoints" / "step-00000006" / "rank-00000.h5")
+    done = mpitrain_on_two(place, "export", "--checkpoint", "half", "--out", "exported")
+    assert_refused(done, NO_CHECKPOINT, "06/rank-00000.h5: is damaged.*half/checkpoints/step-00000004, half/.*02$")
 
 
 @pytest.mark.parametrize(
@@ -203,6 +224,7 @@ def test_a_damaged_shard_is_refused_before_training(place):
     shards = place / "shards"
     done = mpitrain_on_two(place, "prepare", *flags_of(place), "--out", "shards")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "shards   shards; to train on them: --data shards" in done.stdout
     flip(shards / "train-00000.h5")
     done = mpitrain_on_two(place, *flags_of(place), "--data", "shards", "--out", "unborn")
     assert_refused(done, BAD_DATA, r"shards/train-00000.h5: damaged: its sha256 is \w+, dataset.json says \w+")

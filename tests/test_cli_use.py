@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ MESHES = {"one rank": (1,), "two ranks": (2,), "three ranks": (3,), "two stages"
 # one that no piece fits, and texts of special tokens.
 WEIRD = ["Maria", "", "\u200e", "New\u00a0York", "\ufffd", "-" * 600, "\u4e09" * 3, "[SEP]", "\u2028", "#", "."]
 LONG = [f"word{number}" for number in range(2000)]
+SHORT = ("--train.max_steps", "4", "--train.threads", "1")
 PLAIN = ["Dr. Jordan (of Paris) left.", "Hello", "", "  two   blanks  "]
 
 
@@ -56,6 +58,28 @@ def test_scores_are_those_of_the_run_on_any_mesh(trained, mesh):
         assert json.dumps(found[split]) == json.dumps(scores)
         assert f"{split}: entity scores" in printed
     assert (expected["dev"]["sentences"], expected["test"]["sentences"]) == (30, 25)
+
+
+def test_scores_of_a_run_on_shards_given_by_a_relative_path_are_found_from_anywhere(trained, tmp_path):
+    place, environment = trained
+    flags = ["--model", "tiny.toml", "--data", "corpus", "--tokenizer.vocab_size", "300"]
+    for arguments in (["prepare", *flags, "--out", "shards"], [*flags[:3], "shards", "--out", "on-shards", *SHORT]):
+        done = mpitrain(1, *arguments, cwd=place, **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+    done = mpitrain(1, "evaluate", "--checkpoint", str(place / "on-shards"), "--out", "scores", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "scores" / "eval.json").read_bytes() == (place / "on-shards" / "eval.json").read_bytes()
+
+
+def test_a_reader_that_goes_away_does_not_end_the_training(trained):
+    place, environment = trained
+    line = shlex.join(
+        command(0, "-m", "mpitrain", "--model", "tiny.toml", "--data", "shards", "--out", "unread", *SHORT)
+    )
+    settings: Any = {"cwd": place, "env": clean_environment(**environment), "timeout": 120}
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line} | head -1"], capture_output=True, **settings)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((place / "unread" / "exit.json").read_text())["code"] == 0
 
 
 def conll_of(sentences: list[list[str]]) -> str:

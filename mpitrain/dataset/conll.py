@@ -224,7 +224,8 @@ def _word_and_tag(path: Path, number: int, line: bytes, recipe: Recipe, index: F
     if not _is_tag(tag, recipe.scheme):
         raise DataError(
             f"{path}:{number}: found {tag!r} as a tag; "
-            f'with scheme = "{recipe.scheme}" a tag is {TAGS[recipe.scheme][1]}'
+            f'with scheme = "{recipe.scheme}" a tag is {TAGS[recipe.scheme][1]}; for plain tags, such as parts of '
+            'speech, write a recipe with scheme = "none" (data/README.md)'
         )
     return columns[recipe.word_column].decode(), tag
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +18,14 @@ from mpitrain.observe.terminal import terminal_width
 SECONDS_BETWEEN_LINES = 5.0  # where there is no bar
 
 
+class _Patient(RichConsole):
+    """Goes quiet when nobody reads on, as in `... | head`: a training run must not end by that."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Console:
     """Rank 0's voice; on other ranks every method does nothing."""
 
@@ -25,7 +33,7 @@ class Console:
         """Speak only if `loud`, that is on rank 0; on standard error where standard output carries results."""
         self.loud = loud
         width = terminal_width() if loud and not to_stderr else None
-        self._rich = RichConsole(
+        self._rich = _Patient(
             stderr=to_stderr, quiet=not loud, highlight=False, soft_wrap=True, width=width, force_terminal=bool(width)
         )
         self._progress: Progress | None = None
@@ -43,8 +51,6 @@ class Console:
     def show(self, renderable: Any) -> None:
         """A table, or any other thing that rich can draw."""
         self._rich.print(renderable)
-        if self.loud:
-            sys.stdout.flush()
 
     def start_steps(self, done: int, total: int) -> None:
         """Begin to show progress, from step `done` to `total`."""
@@ -78,13 +84,15 @@ class Console:
             self._progress = self._task = None
 
 
-def score_table(title: str, report: Mapping[str, Any], replicas: Sequence[Mapping[str, Any]]) -> Table:
+def score_table(split: str, report: Mapping[str, Any], replicas: Sequence[Mapping[str, Any]], *, plain: bool) -> Table:
     """Scores per type, then a line per replica, then the line of all.
 
     Args:
         report: of the whole split, as in eval.json.
         replicas: reports of each replica's share.
+        plain: each word is scored by its tag, because there are no entities.
     """
+    title = f"{split}: {'tag scores (each word)' if plain else 'entity scores (conlleval)'}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in ("", "precision", "recall", "F1", "support"):
         table.add_column(name, justify="left" if not name else "right")
@@ -94,7 +102,8 @@ def score_table(title: str, report: Mapping[str, Any], replicas: Sequence[Mappin
         )
     table.add_row()  # what follows are no types
     for number, share in enumerate(replicas):
-        table.add_row(f"replica {number}", *_totals(share), style="dim")
+        totals = _totals(share) if share["sentences"] else ["-", "-", "-", "no sentences"]
+        table.add_row(f"replica {number}", *totals, style="dim")
     table.add_row("all", *_totals(report), style="bold")
     return table
 

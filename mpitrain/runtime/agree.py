@@ -6,10 +6,10 @@ Messages are JSON in upper-case (buffer) calls: nothing is pickled. Every functi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mpitrain.errors import ExitCode, MpitrainError, error_of, on_all_ranks
 
 Comm = MPI.Intracomm
+T = TypeVar("T")
 
 
 def share_array(comm: Comm, array: NDArray[Any] | None, root: int = 0) -> NDArray[Any]:
@@ -83,3 +84,16 @@ def together(comm: Comm, what: str) -> Iterator[None]:
     if error is not None and not isinstance(error, MpitrainError):
         raise error
     raise on_all_ranks(error_of(code, f"rank {rank}, while {what}: {message}" if code == ExitCode.FAULT else message))
+
+
+def attempt(comm: Comm, what: str, work: Callable[[], T]) -> T:
+    """What `work` returns on this rank, if it succeeds on every rank; see `together`."""
+    result: list[T] = []
+    with together(comm, what):
+        result.append(work())
+    return result[0]
+
+
+def attempt_at_root(comm: Comm, what: str, work: Callable[[], Any]) -> Any:
+    """The JSON value that `work` returns on rank 0, on every rank; its error on every rank if it fails."""
+    return share(comm, attempt(comm, what, lambda: work() if comm.rank == 0 else None))
