@@ -119,8 +119,9 @@ class Checkpoint(Section):
 class Comm(Section):
     """How gradients travel."""
 
-    algorithm: Literal["auto", "ring", "native"] = "auto"
-    """ring is our own; native is MPI_Reduce_scatter and MPI_Allgatherv; auto is ring"""
+    algorithm: Literal["auto", "ring", "node", "native"] = "auto"
+    """node shares memory between the ranks of a node, with rings between nodes; ring sends messages between all ranks;
+    native is MPI_Reduce_scatter and MPI_Allgatherv; auto is node where replicas share a node, else ring"""
     wire_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """dtype of gradients on the way; sums are made in fp32; auto is fp32"""
     bucket_mib: Annotated[float, Field(gt=0, le=1024)] = 8.0

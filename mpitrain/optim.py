@@ -1,13 +1,13 @@
-"""AdamW on shards: each rank updates, in fp32, only the chunk of every bucket that it owns on the data axis.
+"""AdamW on shards: each rank updates, in fp32, only the part of every bucket that it owns on the data axis.
 
 This is stage 1 of ZeRO (Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models",
-2020, section 5.1): gradients are reduce-scattered, the owner updates its chunk of master weights and moments, the new
+2020, section 5.1): gradients are reduce-scattered, the owner updates its part of master weights and moments, the new
 weights are gathered. One rank owns everything and runs the same code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,16 +57,9 @@ class ShardedAdamW:
     torch's fused kernel is called as such: torch.optim.Optimizer would import the whole compiler, a second per rank.
     """
 
-    def __init__(self, buckets: list[Bucket], index: int, count: int, options: Train, dtype: torch.dtype) -> None:
-        """Own chunk `index` of `count` of every bucket of fp32 weights, which are cast to `dtype` here."""
-        # fp32 weights are their own masters; others are cast from masters, which keep what a cast would lose.
-        masters = [piece.weights for bucket in buckets for piece in bucket.pieces(index, count)]
-        if dtype != torch.float32:
-            masters = [master.clone() for master in masters]
-            for bucket in buckets:
-                bucket.cast(dtype)
-        pieces = [piece for bucket in buckets for piece in bucket.pieces(index, count)]
-        self._owned = [_Owned.of(piece, master) for piece, master in zip(pieces, masters, strict=True)]
+    def __init__(self, buckets: Sequence[Bucket], options: Train) -> None:
+        """Update what this rank owns of buckets that have their memory."""
+        self._owned = [_Owned.of(piece) for bucket in buckets for piece in bucket.pieces]
         self._options = options
 
     def squared_norm(self) -> float:
@@ -75,7 +68,7 @@ class ShardedAdamW:
         return float(torch.stack(norms).double().square().sum()) if norms else 0.0
 
     def step(self, learning_rate: float, gradient_factor: float) -> None:
-        """Update the owned chunk with gradients times `gradient_factor`; gathering the result is the caller's part."""
+        """Update what is owned with gradients times `gradient_factor`; to spread the result is the caller's part."""
         if gradient_factor != 1.0 and self._owned:
             torch._foreach_mul_([owned.piece.gradients for owned in self._owned], gradient_factor)
         for decayed in (True, False):
@@ -87,7 +80,7 @@ class ShardedAdamW:
     def _update(self, group: list[_Owned], learning_rate: float, weight_decay: float) -> None:
         torch._foreach_add_([owned.num_updates for owned in group], 1)
         torch._fused_adamw_(
-            [owned.master for owned in group],
+            [owned.piece.master for owned in group],
             [owned.piece.gradients for owned in group],
             [owned.exp_avg for owned in group],
             [owned.exp_avg_sq for owned in group],
@@ -103,10 +96,10 @@ class ShardedAdamW:
         )
 
     def publish(self) -> None:
-        """Cast the masters into the owned chunk of the weights."""
+        """Cast the masters into the owned part of the weights."""
         for owned in self._owned:
-            if owned.master.dtype != owned.piece.weights.dtype:
-                owned.piece.weights.copy_(owned.master)
+            if owned.piece.master.dtype != owned.piece.weights.dtype:
+                owned.piece.weights.copy_(owned.piece.master)
 
     def set_num_updates(self, num_updates: int) -> None:
         """Continue as after `num_updates` updates."""
@@ -117,21 +110,20 @@ class ShardedAdamW:
         """Everything a checkpoint must hold of this rank: masters and moments, as live views."""
         for owned in self._owned:
             piece = owned.piece
-            for kind, values in zip(KINDS, (owned.master, owned.exp_avg, owned.exp_avg_sq), strict=True):
+            for kind, values in zip(KINDS, (piece.master, owned.exp_avg, owned.exp_avg_sq), strict=True):
                 yield StateSlice(kind, piece.name, piece.shape, piece.start, piece.stop, values)
 
 
 @dataclass(frozen=True)
 class _Owned:
-    """A piece with its fp32 master weights, its moments, and the updates so far (fp32 scalar, as the kernel wants)."""
+    """A piece with its moments and the updates so far (fp32 scalar, as the kernel wants)."""
 
     piece: Piece
-    master: torch.Tensor
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     num_updates: torch.Tensor
 
     @classmethod
-    def of(cls, piece: Piece, master: torch.Tensor) -> _Owned:
-        num_updates = torch.zeros((), device=master.device)
-        return cls(piece, master, torch.zeros_like(master), torch.zeros_like(master), num_updates)
+    def of(cls, piece: Piece) -> _Owned:
+        num_updates = torch.zeros((), device=piece.master.device)
+        return cls(piece, torch.zeros_like(piece.master), torch.zeros_like(piece.master), num_updates)

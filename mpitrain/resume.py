@@ -42,7 +42,7 @@ def resume(run: Run) -> None:
         fill(run.world, place, manifest, run.optimizer.slices())
         run.optimizer.set_num_updates(manifest.progress.num_updates)
         run.optimizer.publish()
-        run.reducer.gather_weights()
+        run.exchange.spread()
         run.progress = manifest.progress
         run.stepper.num_updates = run.progress.num_updates
         run.stepper.loss_scale.value = run.progress.loss_scale

@@ -8,21 +8,24 @@ from typing import Any
 
 import torch
 
+from mpitrain.checkpoint.load import find_checkpoint
 from mpitrain.checkpoint.manifest import Progress
 from mpitrain.checkpoint.save import clear_left_overs
 from mpitrain.comm.buckets import fill_buckets
-from mpitrain.comm.reducer import GradientReducer
+from mpitrain.comm.choice import choose_exchange
+from mpitrain.comm.exchange import Exchange
 from mpitrain.config import Config
 from mpitrain.dataset.batches import TrainPlan
 from mpitrain.dataset.loader import Split, open_split
-from mpitrain.errors import DataError, UsageError, on_all_ranks
+from mpitrain.errors import DataError, on_all_ranks
+from mpitrain.files import user_path
 from mpitrain.observe.console import Console
 from mpitrain.observe.record import RunDirectory, new_run_directory
 from mpitrain.optim import ShardedAdamW
 from mpitrain.pipeline.executor import Executor
 from mpitrain.place import DTYPES, Place, build_stage, find_place
 from mpitrain.problem import Problem, find_problem
-from mpitrain.runtime.agree import Comm, share, together
+from mpitrain.runtime.agree import Comm, attempt_at_root
 from mpitrain.runtime.launch import StopRequest
 from mpitrain.step import Stepper
 
@@ -43,7 +46,7 @@ class Run:
     num_steps: int
     splits: dict[str, Split]
     executor: Executor
-    reducer: GradientReducer
+    exchange: Exchange
     optimizer: ShardedAdamW
     stepper: Stepper
     stop: StopRequest
@@ -56,8 +59,8 @@ class Run:
         return self.place.mesh.world
 
     def close(self) -> None:
-        """End the reducer's thread and give all communicators back (collective)."""
-        self.reducer.close()
+        """Give threads, memory and communicators back (collective)."""
+        self.stepper.close()
         self.place.mesh.free()
 
 
@@ -71,17 +74,23 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest) -> Ru
     stage, executor = build_stage(config, problem, place)
     mesh, transport = place.mesh, place.transport
     buckets = fill_buckets(stage, int(config.comm.bucket_mib * 2**20))
-    dtype = DTYPES[config.train.precision]
-    optimizer = ShardedAdamW(buckets, mesh.replica, mesh.num_replicas, config.train, dtype)
-    wire = torch.bfloat16 if config.comm.wire_dtype == "bf16" else None
-    reducer = GradientReducer(mesh.data_axis, buckets, transport, algorithm=config.comm.algorithm, wire_dtype=wire)
-    optimizer.publish()
-    reducer.gather_weights()
+    exchange, why = choose_exchange(
+        mesh.world,
+        mesh.data_axis,
+        transport,
+        buckets,
+        DTYPES[config.train.precision],
+        algorithm=config.comm.algorithm,
+        wire_dtype=torch.bfloat16 if config.comm.wire_dtype == "bf16" else None,
+    )
+    exchange.spread()
+    console.say("exchange", why)
+    optimizer = ShardedAdamW(buckets, config.train)
     peak = config.train.learning_rate or LEARNING_RATES["pretrained" if problem.pretrained else "scratch"]
     stepper = Stepper(
         mesh,
         executor,
-        reducer,
+        exchange,
         optimizer,
         schedule=config.pipeline.schedule,
         options=config.train,
@@ -90,9 +99,8 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest) -> Ru
     )
     say_plan(console, config, plan, num_steps, peak)
     directory = open_run_directory(comm, config, console)
-    return Run(
-        config, console, problem, place, directory, plan, num_steps, splits, executor, reducer, optimizer, stepper, stop
-    )
+    parts = (executor, exchange, optimizer, stepper)
+    return Run(config, console, problem, place, directory, plan, num_steps, splits, *parts, stop)
 
 
 def _open(place: Place, problem: Problem, name: str) -> Split | None:
@@ -142,16 +150,16 @@ def say_plan(console: Console, config: Config, plan: TrainPlan, num_steps: int, 
 
 def open_run_directory(comm: Comm, config: Config, console: Console) -> RunDirectory:
     """The directory of this run, made by rank 0 (collective)."""
-    path = None
-    with together(comm, "making the run directory"):
-        if comm.rank == 0:
-            stem = f"{Path(config.model).stem}-{Path(config.data).stem}"
-            try:
-                path = config.out or new_run_directory(Path("runs"), stem)
-                RunDirectory(path).create()
-            except OSError as error:
-                raise UsageError(f"--out {config.out or 'runs'}: cannot be made: {error.strerror}") from None
-            clear_left_overs(path / "checkpoints")
-    directory = RunDirectory(Path(share(comm, str(path))))
+    directory = RunDirectory(Path(attempt_at_root(comm, "making the run directory", lambda: _make_directory(config))))
     console.say("run", str(directory.path))
     return directory
+
+
+def _make_directory(config: Config) -> str:
+    if config.resume not in ("auto", "none"):
+        find_checkpoint(Path(config.resume), best=False)  # a slip must not leave an empty directory behind
+    with user_path("--out", config.out or Path("runs")):
+        path = config.out or new_run_directory(Path("runs"), f"{Path(config.model).stem}-{Path(config.data).stem}")
+        RunDirectory(path).create()
+        clear_left_overs(path / "checkpoints")
+    return str(path)

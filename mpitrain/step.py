@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.reducer import GradientReducer
 from mpitrain.config import Train
 from mpitrain.dataset.batches import StepPlan
@@ -45,13 +46,13 @@ class StepResult:
 
 
 class Stepper:
-    """Everything of a rank that a step needs."""
+    """Everything of a rank that a step needs; `close` gives it back."""
 
     def __init__(
         self,
         mesh: Mesh,
         executor: Executor,
-        reducer: GradientReducer,
+        exchange: Exchange,
         optimizer: ShardedAdamW,
         *,
         schedule: str,
@@ -62,7 +63,8 @@ class Stepper:
         """Train for `num_steps` steps in all."""
         self.mesh = mesh
         self.executor = executor
-        self.reducer = reducer
+        self.exchange = exchange
+        self.reducer = GradientReducer(exchange)
         self.optimizer = optimizer
         self.schedule = schedule
         self.options = options
@@ -110,7 +112,12 @@ class Stepper:
         limit = self.options.max_grad_norm
         clip = limit / grad_norm if limit is not None and grad_norm > limit else 1.0
         self.optimizer.step(learning_rate, clip / self.loss_scale.value)
-        self.reducer.gather_weights()
+        self.exchange.spread()
+
+    def close(self) -> None:
+        """End the reducer's thread and give the exchange's memory back; the model is empty after this (collective)."""
+        self.reducer.close()
+        self.exchange.close()
 
     def _count(self, updated: bool) -> None:
         self.num_updates += updated

@@ -172,7 +172,7 @@ def take_best_weights(run: Run) -> None:
         return
     fill(run.world, best, manifest, [piece for piece in run.optimizer.slices() if piece.kind == "weight"])
     run.optimizer.publish()
-    run.reducer.gather_weights()
+    run.exchange.spread()
     run.scores.clear()
     run.console.say("best", f"weights of step {run.progress.best_step}, the best on dev")
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import own
 
 from mpitrain.comm.buckets import fill_buckets
 from mpitrain.comm.buffers import Transport
+from mpitrain.comm.choice import choose_exchange
 from mpitrain.comm.reducer import GradientReducer
 from mpitrain.config import Train
 from mpitrain.optim import LossScale, ShardedAdamW, decays, learning_rate_at
@@ -52,12 +54,14 @@ def by_torch(size: int, num_steps: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.mpi(min_size=1, max_size=3)  # importing torch's optimizers takes every rank seconds
-@pytest.mark.parametrize("bucket_bytes", [1, 10**6])
-def test_any_number_of_owners_makes_the_steps_of_torchs_adamw(comm, bucket_bytes):
+@pytest.mark.parametrize("bucket_bytes, algorithm", [(1, "ring"), (10**6, "ring"), (1, "node"), (10**6, "node")])
+def test_any_number_of_owners_makes_the_steps_of_torchs_adamw(comm, bucket_bytes, algorithm):
     net = Net()
     buckets = fill_buckets(net, bucket_bytes)
-    optimizer = ShardedAdamW(buckets, comm.rank, comm.size, OPTIONS, torch.float32)
-    reducer = GradientReducer(comm, buckets, Transport())
+    exchange, _ = choose_exchange(comm, comm, Transport(), buckets, torch.float32, algorithm=algorithm)
+    exchange.spread()
+    optimizer = ShardedAdamW(buckets, OPTIONS)
+    reducer = GradientReducer(exchange)
     for step in range(6):
         reducer.start_step()
         reducer.arm()
@@ -66,17 +70,18 @@ def test_any_number_of_owners_makes_the_steps_of_torchs_adamw(comm, bucket_bytes
         norm = float(total(comm, torch.tensor([optimizer.squared_norm()]).double().numpy())[0]) ** 0.5
         assert norm > 0.1, "clipping must be active"
         optimizer.step(0.01 * (step + 1), 0.1 / norm)
-        reducer.gather_weights()
+        exchange.spread()
     reducer.close()
     for name, expected in by_torch(comm.size, 6).items():
         torch.testing.assert_close(net.get_parameter(name).detach(), expected, rtol=1e-5, atol=1e-6)
+    exchange.close()
 
 
 def test_masters_keep_what_bf16_weights_would_lose():
     net = Net()
-    buckets = fill_buckets(net, 10**6)
     before = net.layer["dense"].weight.detach().clone()
-    optimizer = ShardedAdamW(buckets, 0, 1, Train(weight_decay=0.0), torch.bfloat16)
+    buckets = own(fill_buckets(net, 10**6), 0, 1, torch.bfloat16)
+    optimizer = ShardedAdamW(buckets, Train(weight_decay=0.0))
     master = next(piece for piece in optimizer.slices() if (piece.kind, piece.name) == ("weight", "layer.dense.weight"))
     for _ in range(400):
         buckets[0].gradients.fill_(1.0)
@@ -91,7 +96,7 @@ def test_slices_cover_every_element_of_every_tensor_once():
     owned: dict[tuple[str, str], list[int]] = {}
     for index in range(3):
         net = Net()
-        for piece in ShardedAdamW(fill_buckets(net, 100), index, 3, OPTIONS, torch.float32).slices():
+        for piece in ShardedAdamW(own(fill_buckets(net, 100), index, 3), OPTIONS).slices():
             assert piece.values.numel() == piece.stop - piece.start
             owned.setdefault((piece.kind, piece.name), []).extend(range(piece.start, piece.stop))
     assert {kind for kind, _ in owned} == {"weight", "exp_avg", "exp_avg_sq"}
@@ -105,8 +110,8 @@ def test_slices_cover_every_element_of_every_tensor_once():
 def test_the_step_count_of_a_checkpoint_decides_the_bias_correction():
     nets = [Net(), Net()]
     for net, num_updates in zip(nets, (0, 10_000), strict=True):
-        buckets = fill_buckets(net, 10**6)
-        optimizer = ShardedAdamW(buckets, 0, 1, OPTIONS, torch.float32)
+        buckets = own(fill_buckets(net, 10**6), 0, 1)
+        optimizer = ShardedAdamW(buckets, OPTIONS)
         optimizer.set_num_updates(num_updates)
         buckets[0].gradients.fill_(1.0)
         optimizer.step(0.01, 1.0)

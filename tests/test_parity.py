@@ -74,9 +74,10 @@ def test_replicas_are_bit_equal(comm):
         assert all(len(values) == 1 for values in seen.values())
 
 
-def test_mpis_own_collectives_give_the_same_numbers(comm):
+@pytest.mark.parametrize("algorithm", ["ring", "native"])
+def test_messages_give_the_same_numbers_as_shared_memory(comm, algorithm):
     reference = one_rank(10)
-    run = train_small(comm, comm.size, 1, 10, algorithm="native")
+    run = train_small(comm, comm.size, 1, 10, algorithm=algorithm)
     assert run.losses == pytest.approx(reference.losses, rel=1e-5)
 
 

@@ -1,8 +1,9 @@
 """Weights and gradients of a stage in flat buckets, so that they travel in few large messages.
 
 Buckets hold whole parameters, last layers first: in backward order they fill one after the other, and the first
-can travel while the next is computed. `parameter.data` and `parameter.grad` are views of a bucket: nothing is
-copied. Gradients are fp32 whatever the weights are, so that micro-batches are summed in fp32.
+can travel while the next is computed. Once attached, `parameter.data` and `parameter.grad` are views of flat memory,
+which an exchange has chosen: nothing is copied. Gradients are fp32 whatever the weights are, so that micro-batches are
+summed in fp32. Each rank owns one part of every bucket: it holds the sum of that part's gradients, and its masters.
 """
 
 from __future__ import annotations
@@ -12,11 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mpitrain.split import part
-
 
 @dataclass(frozen=True)
-class Place:
+class Member:
     """Where a parameter lies in its bucket: elements [start, stop)."""
 
     name: str
@@ -27,13 +26,20 @@ class Place:
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of a parameter in this rank's chunk of a bucket: elements [start, stop) of the flattened parameter."""
+    """The part of a parameter that this rank owns: elements [start, stop) of the flattened parameter.
+
+    Attributes:
+        weights: in the compute dtype, as the model reads them.
+        master: in fp32; `weights` itself if that is fp32.
+        gradients: fp32, summed over replicas once the bucket is reduced.
+    """
 
     name: str
     shape: tuple[int, ...]
     start: int
     stop: int
     weights: torch.Tensor
+    master: torch.Tensor
     gradients: torch.Tensor
 
 
@@ -50,44 +56,64 @@ class StateSlice:
 
 
 class Bucket:
-    """Flat weights [n], in the compute dtype once `cast`, and flat gradients [n] in fp32."""
+    """Some parameters side by side.
+
+    Attributes:
+        size: number of elements.
+        weights, gradients: [size], of the compute dtype and fp32, once attached.
+        owned: bounds of this rank's own part.
+        reduced: fp32 [stop - start of `owned`], where that part's sum over replicas appears.
+        pieces: the parameters' parts inside the own part.
+    """
+
+    weights: torch.Tensor
+    gradients: torch.Tensor
+    reduced: torch.Tensor
+    owned: tuple[int, int]
 
     def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
-        """Move the parameters into a bucket of their own."""
-        self.places: list[Place] = []
-        size = 0
+        """Count; memory is for `attach`."""
+        self.members: list[Member] = []
+        self.pieces: list[Piece] = []
+        self.size = 0
         for name, parameter in named_parameters:
-            self.places.append(Place(name, parameter, size, size + parameter.numel()))
-            size += parameter.numel()
-        self.weights = torch.cat([place.parameter.detach().reshape(-1) for place in self.places])
-        self.gradients = torch.zeros(size, dtype=torch.float32, device=self.weights.device)
-        self.cast(self.weights.dtype)
+            self.members.append(Member(name, parameter, self.size, self.size + parameter.numel()))
+            self.size += parameter.numel()
 
-    def cast(self, dtype: torch.dtype) -> None:
-        """Hold the weights in another dtype."""
-        self.weights = self.weights.to(dtype)
-        for place in self.places:
-            parameter, extent = place.parameter, slice(place.start, place.stop)
+    def attach(
+        self, weights: torch.Tensor, gradients: torch.Tensor, owned: tuple[int, int], reduced: torch.Tensor
+    ) -> None:
+        """Make the parameters views of this memory; of the weights only the own part is written, by its owner."""
+        self.weights, self.gradients, self.owned, self.reduced = weights, gradients, owned, reduced
+        for member in self.members:
+            self._own(member)
+            parameter, extent = member.parameter, slice(member.start, member.stop)
             parameter.grad = None
-            parameter.data = self.weights[extent].view(parameter.shape)
+            parameter.data = weights[extent].view(parameter.shape)
             parameter.grad_dtype = torch.float32
-            parameter.grad = self.gradients[extent].view(parameter.shape)
+            parameter.grad = gradients[extent].view(parameter.shape)
 
-    def chunk(self, index: int, count: int) -> tuple[int, int]:
-        """Bounds of the chunk that rank `index` of `count` owns after a reduce-scatter."""
-        return part(index, len(self.weights), count)
+    def _own(self, member: Member) -> None:
+        start, stop = max(self.owned[0], member.start), min(self.owned[1], member.stop)
+        if start >= stop:
+            return
+        weights = self.weights[start:stop]
+        bounds = (start - member.start, stop - member.start)
+        values = member.parameter.detach().reshape(-1)[slice(*bounds)]
+        weights.copy_(values)
+        # fp32 weights are their own masters; others are cast from masters, which keep what a cast would lose.
+        master = weights if weights.dtype == torch.float32 else values.float().clone()
+        gradients = self.reduced[start - self.owned[0] : stop - self.owned[0]]
+        shape = tuple(member.parameter.shape)
+        self.pieces.append(Piece(member.name, shape, *bounds, weights, master, gradients))
 
-    def pieces(self, index: int, count: int) -> list[Piece]:
-        """The parameters' parts inside that chunk."""
-        first, last = self.chunk(index, count)
-        found = []
-        for place in self.places:
-            start, stop = max(first, place.start), min(last, place.stop)
-            if start < stop:
-                views = (self.weights[start:stop], self.gradients[start:stop])
-                shape = tuple(place.parameter.shape)
-                found.append(Piece(place.name, shape, start - place.start, stop - place.start, *views))
-        return found
+    def detach(self) -> None:
+        """Let go of the memory, which may be gone from now on: the parameters are empty after this."""
+        for member in self.members:
+            member.parameter.grad = None
+            member.parameter.data = torch.empty(0, dtype=self.weights.dtype, device=self.weights.device)
+        self.pieces = []
+        del self.weights, self.gradients, self.reduced
 
 
 def fill_buckets(module: torch.nn.Module, bucket_bytes: int) -> list[Bucket]:

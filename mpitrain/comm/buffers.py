@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,14 +96,18 @@ class Transport:
 
     def wait(self, requests: list[MPI.Request]) -> None:
         """Wait for requests: spinning where this rank has a core for itself, else with naps."""
-        if not self.patient:
+        if self.patient:
+            self.wait_until(lambda: MPI.Request.Testall(requests))
+        else:
             MPI.Request.Waitall(requests)
-            return
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """Return once `done()`: spinning, or with naps."""
         began = time.perf_counter()
-        while not MPI.Request.Testall(requests):
+        while not done():
             # In proportion to the wait so far: an eighth too late at most, and a long wait costs others no time.
             nap = (time.perf_counter() - began) / 8
-            time.sleep(min(max(nap, SHORTEST_NAP), LONGEST_NAP))
+            time.sleep(min(max(nap, SHORTEST_NAP), LONGEST_NAP) if self.patient else 0)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mpi4py import MPI
-from small import NUM_LABELS, small_card
+from small import NUM_LABELS, own, small_card
 
 from mpitrain.checkpoint import save as save_module
 from mpitrain.checkpoint.load import fill, find_checkpoint, newest_usable, verify
@@ -58,7 +58,7 @@ def mesh_of(comm, data: int, pipe: int) -> Iterator[meshes.Mesh | None]:
 def slices_on(mesh: meshes.Mesh) -> list[StateSlice]:
     """Weights and moments that this rank owns, all zero."""
     stage = BertStage(CARD, NUM_LABELS, *split_blocks([1.0] * 4, mesh.num_stages)[mesh.stage])
-    optimizer = ShardedAdamW(fill_buckets(stage, 2000), mesh.replica, mesh.num_replicas, Train(), torch.float32)
+    optimizer = ShardedAdamW(own(fill_buckets(stage, 2000), mesh.replica, mesh.num_replicas), Train())
     slices = list(optimizer.slices())
     for piece in slices:
         piece.values.data.zero_()

@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from mpitrain.comm.buckets import Bucket, fill_buckets
 from mpitrain.comm.buffers import Transport
+from mpitrain.comm.choice import choose_exchange
+from mpitrain.comm.node import NodeExchange
 from mpitrain.comm.reducer import GradientReducer
 from mpitrain.runtime.agree import collect
-from mpitrain.split import part
 
 pytestmark = pytest.mark.mpi(min_size=1)
+ALGORITHMS = ["ring", "node", "hosts of two", "one and the rest"]
+WAYS = [("native", None), *((algorithm, wire) for algorithm in ALGORITHMS for wire in (None, torch.bfloat16))]
+
+
+# Which host a rank would be on: nodes of equal and of different sizes, as far as the ranks go.
+HOSTS = {"hosts of two": lambda rank: rank // 2, "one and the rest": lambda rank: min(rank, 1)}
 
 
 def model_of(rank: int) -> torch.nn.Sequential:
     torch.manual_seed(rank)
     return torch.nn.Sequential(*(torch.nn.Linear(7, 7) for _ in range(4)))
+
+
+@contextmanager
+def reducing(comm, buckets, algorithm="ring", wire_dtype=None, dtype=torch.float32):
+    """A reducer and its exchange, closed at the end."""
+    if algorithm in HOSTS:
+        node = comm.Split(HOSTS[algorithm](comm.rank))
+        exchange = NodeExchange(comm, Transport(), wire_dtype=wire_dtype, node=node)
+        exchange.adopt(buckets, dtype)
+    else:
+        exchange, _ = choose_exchange(
+            comm, comm, Transport(), buckets, dtype, algorithm=algorithm, wire_dtype=wire_dtype
+        )
+    exchange.spread()
+    reducer = GradientReducer(exchange)
+    yield reducer, exchange
+    reducer.close()
+    exchange.close()
 
 
 def backward_twice(module: torch.nn.Module, rank: int, reducer: GradientReducer) -> None:
@@ -43,41 +69,38 @@ def sum_without_reducer(size: int) -> list[torch.Tensor]:
     return total
 
 
-@pytest.mark.parametrize(
-    "algorithm, wire, tolerance", [("ring", None, 1e-5), ("native", None, 1e-5), ("ring", torch.bfloat16, 3e-2)]
-)
+@pytest.mark.parametrize("algorithm, wire", WAYS)
 @pytest.mark.parametrize("bucket_bytes", [1, 300, 10**6])
-def test_the_own_chunk_of_every_bucket_holds_the_sum_of_all_micro_batches_of_all_ranks(
-    comm, algorithm, wire, tolerance, bucket_bytes
+def test_the_own_part_of_every_bucket_holds_the_sum_of_all_micro_batches_of_all_ranks(
+    comm, algorithm, wire, bucket_bytes
 ):
     module = model_of(0)
-    buckets = fill_buckets(module, bucket_bytes)
-    reducer = GradientReducer(comm, buckets, Transport(), algorithm=algorithm, wire_dtype=wire)
-    for _ in range(2):  # the second step must not see the first one's gradients
-        reducer.start_step()
-        backward_twice(module, comm.rank, reducer)
-        reducer.finish()
-    reducer.close()
     expected, start = sum_without_reducer(comm.size), 0
-    for bucket in buckets:
-        own = slice(*part(comm.rank, len(bucket.gradients), comm.size))
-        wanted = expected[start : start + len(bucket.gradients)]
-        torch.testing.assert_close(bucket.gradients[own].double(), wanted[own], rtol=tolerance, atol=tolerance * 10)
-        start += len(bucket.gradients)
+    tolerance = 3e-2 if wire else 1e-5
+    with reducing(comm, buckets := fill_buckets(module, bucket_bytes), algorithm, wire) as (reducer, _):
+        for _ in range(2):  # the second step must not see the first one's gradients
+            reducer.start_step()
+            backward_twice(module, comm.rank, reducer)
+            reducer.finish()
+        for bucket in buckets:
+            wanted = expected[start : start + bucket.size][slice(*bucket.owned)]
+            torch.testing.assert_close(bucket.reduced.double(), wanted, rtol=tolerance, atol=tolerance * 10)
+            start += bucket.size
+        owned = collect(comm, [list(bucket.owned) for bucket in buckets])
     assert start == len(expected)
+    for parts, bucket in zip(zip(*owned, strict=True), buckets, strict=True):
+        assert sorted(index for part in parts for index in range(*part)) == list(range(bucket.size)), "each owned once"
 
 
-def test_a_replica_without_micro_batches_joins_in_with_zeros(comm):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_replica_without_micro_batches_joins_in_with_zeros(comm, algorithm):
     module = model_of(0)
-    reducer = GradientReducer(comm, buckets := fill_buckets(module, 300), Transport())
-    reducer.start_step()
-    if comm.rank == 0:
-        backward_twice(module, 0, reducer)
-    reducer.finish()
-    reducer.close()
-    total = (
-        torch.cat([bucket.gradients[slice(*bucket.chunk(comm.rank, comm.size))] for bucket in buckets]).double().sum()
-    )
+    with reducing(comm, buckets := fill_buckets(module, 300), algorithm) as (reducer, _):
+        reducer.start_step()
+        if comm.rank == 0:
+            backward_twice(module, 0, reducer)
+        reducer.finish()
+        total = torch.cat([bucket.reduced for bucket in buckets]).double().sum()
     assert sum(collect(comm, float(total))) == pytest.approx(float(sum_without_reducer(1).sum()), rel=1e-5)
 
 
@@ -95,65 +118,79 @@ class Wait(torch.autograd.Function):
         return gradient, None
 
 
-def test_full_buckets_travel_while_the_last_backward_still_runs_and_not_before(comm, monkeypatch):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_full_buckets_travel_while_the_last_backward_still_runs_and_not_before(comm, monkeypatch, algorithm):
     first, last = torch.nn.Linear(7, 7), torch.nn.Linear(7, 7)
-    reducer = GradientReducer(comm, fill_buckets(torch.nn.Sequential(first, last), 1), Transport())
-    reduce, begun, at_arming = reducer._reduce, threading.Event(), []
-    monkeypatch.setattr(reducer, "_reduce", lambda gradients: (reduce(gradients), begun.set()))
-    reducer.start_step()
-    last(first(torch.rand(3, 7))).sum().backward()
-    at_arming.append(begun.is_set())
-    reducer.arm()
-    last(Wait.apply(first(torch.rand(3, 7)), begun)).sum().backward()
-    reducer.finish()
-    reducer.close()
+    begun, at_arming = threading.Event(), []
+    with reducing(comm, fill_buckets(torch.nn.Sequential(first, last), 1), algorithm) as (reducer, exchange):
+        reduce = exchange.reduce
+        monkeypatch.setattr(exchange, "reduce", lambda number: (reduce(number), begun.set()))
+        reducer.start_step()
+        last(first(torch.rand(3, 7))).sum().backward()
+        at_arming.append(begun.is_set())
+        reducer.arm()
+        last(Wait.apply(first(torch.rand(3, 7)), begun)).sum().backward()
+        reducer.finish()
     assert at_arming == [False]
     assert begun.is_set()
 
 
-def test_buckets_travel_in_the_same_order_on_all_ranks_whatever_the_order_of_gradients(comm, monkeypatch):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_buckets_travel_in_the_same_order_on_all_ranks_whatever_the_order_of_gradients(comm, monkeypatch, algorithm):
     layers = [torch.nn.Linear(3, 3, bias=False) for _ in range(4)]
     buckets = [Bucket([(str(number), layer.weight)]) for number, layer in enumerate(layers)]
-    reducer = GradientReducer(comm, buckets, Transport())
-    reduce, order = reducer._reduce, []
-    monkeypatch.setattr(reducer, "_reduce", lambda gradients: (order.append(gradients.data_ptr()), reduce(gradients)))
-    reducer.start_step()
-    reducer.arm()
-    for layer in layers if comm.rank % 2 else reversed(layers):
-        layer(torch.ones(1, 3)).sum().backward()
-    reducer.finish()
-    reducer.close()
-    assert order == [bucket.gradients.data_ptr() for bucket in buckets]
-    for bucket in buckets:
-        own = slice(*bucket.chunk(comm.rank, comm.size))
-        assert torch.equal(bucket.gradients[own], torch.full_like(bucket.gradients[own], float(comm.size)))
+    order = []
+    with reducing(comm, buckets, algorithm) as (reducer, exchange):
+        reduce = exchange.reduce
+        monkeypatch.setattr(exchange, "reduce", lambda number: (order.append(number), reduce(number)))
+        reducer.start_step()
+        reducer.arm()
+        for layer in layers if comm.rank % 2 else reversed(layers):
+            layer(torch.ones(1, 3)).sum().backward()
+        reducer.finish()
+        for bucket in buckets:
+            assert torch.equal(bucket.reduced, torch.full_like(bucket.reduced, float(comm.size)))
+    assert order == [0, 1, 2, 3]
 
 
 def test_what_fails_in_the_thread_is_raised_by_finish(comm, monkeypatch):
     module = model_of(0)
-    reducer = GradientReducer(comm, fill_buckets(module, 10**6), Transport())
+    with reducing(comm, fill_buckets(module, 10**6)) as (reducer, exchange):
 
-    def fail(gradients: torch.Tensor) -> None:
-        raise ZeroDivisionError("in the thread")
+        def fail(number: int) -> None:
+            raise ZeroDivisionError("in the thread")
 
-    monkeypatch.setattr(reducer, "_reduce", fail)
-    reducer.start_step()
-    backward_twice(module, comm.rank, reducer)
-    with pytest.raises(ZeroDivisionError, match="in the thread"):
-        reducer.finish()
-    reducer.close()
+        monkeypatch.setattr(exchange, "reduce", fail)
+        reducer.start_step()
+        backward_twice(module, comm.rank, reducer)
+        with pytest.raises(ZeroDivisionError, match="in the thread"):
+            reducer.finish()
     assert not reducer._thread.is_alive()
 
 
-@pytest.mark.parametrize("algorithm", ["ring", "native"])
+@pytest.mark.parametrize("algorithm", ["native", *ALGORITHMS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_rank_gets_the_weights_of_every_owner(comm, algorithm, dtype):
+def test_every_rank_sees_the_weights_of_every_owner(comm, algorithm, dtype):
     bucket = Bucket([("a", torch.nn.Parameter(torch.zeros(11))), ("b", torch.nn.Parameter(torch.zeros(2, 3)))])
-    bucket.cast(dtype)
-    reducer = GradientReducer(comm, [bucket], Transport(), algorithm=algorithm)
-    bucket.weights[slice(*bucket.chunk(comm.rank, comm.size))] = comm.rank + 1
-    reducer.gather_weights()
-    reducer.close()
-    owners = [rank + 1 for rank in range(comm.size) for _ in range(*part(rank, 17, comm.size))]
-    assert bucket.weights.tolist() == owners
-    assert bucket.places[1].parameter.flatten().tolist() == owners[11:]
+    with reducing(comm, [bucket], algorithm, dtype=dtype) as (_, exchange):
+        assert bucket.weights.tolist() == [0.0] * 17
+        comm.Barrier()  # as the vote of a step
+        for piece in bucket.pieces:
+            piece.weights.fill_(comm.rank + 1)
+        exchange.spread()
+        owners = [0] * 17
+        for rank, (start, stop) in enumerate(collect(comm, list(bucket.owned))):
+            owners[start:stop] = [rank + 1] * (stop - start)
+        assert bucket.weights.tolist() == owners
+        assert bucket.members[1].parameter.flatten().tolist() == owners[11:]
+
+
+def test_on_a_node_there_is_one_copy_of_the_weights(comm):
+    module = model_of(0)
+    with reducing(comm, buckets := fill_buckets(module, 300), "node"):
+        comm.Barrier()
+        if comm.rank == comm.size - 1:
+            buckets[0].weights.fill_(7.0)
+        comm.Barrier()
+        assert set(buckets[0].weights.tolist()) == {7.0}
+    assert next(module.parameters()).numel() == 0, "shared memory is gone, and nobody reads it any more"

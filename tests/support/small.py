@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpitrain.comm.buckets import fill_buckets
+from mpitrain.comm.buckets import Bucket, fill_buckets
 from mpitrain.comm.buffers import Transport
-from mpitrain.comm.reducer import GradientReducer
+from mpitrain.comm.choice import choose_exchange
 from mpitrain.config import Train
 from mpitrain.dataset.batches import TrainPlan
 from mpitrain.dataset.sequences import MemorySplit
@@ -20,6 +20,7 @@ from mpitrain.optim import ShardedAdamW
 from mpitrain.pipeline.balance import split_blocks
 from mpitrain.pipeline.executor import Executor
 from mpitrain.runtime import mesh as meshes
+from mpitrain.split import part
 from mpitrain.step import Stepper, load_micro_batches
 
 NUM_LABELS = 5
@@ -52,6 +53,15 @@ def small_split(num_sequences: int = 61, seed: int = 1) -> MemorySplit:
     return split
 
 
+def own(buckets: list[Bucket], index: int, count: int, dtype: torch.dtype = torch.float32) -> list[Bucket]:
+    """Give buckets private memory, as rank `index` of `count` would have it, without any other rank."""
+    for bucket in buckets:
+        gradients, owned = torch.zeros(bucket.size), part(index, bucket.size, count)
+        weights = torch.cat([member.parameter.detach().reshape(-1) for member in bucket.members]).to(dtype)
+        bucket.attach(weights, gradients, owned, gradients[slice(*owned)])
+    return buckets
+
+
 @dataclass
 class Trained:
     losses: list[float] = field(default_factory=list)
@@ -71,7 +81,7 @@ def train_small(
     schedule: str = "1f1b",
     keep_weights: tuple[int, ...] = (),
     spoil: Any = None,
-    algorithm: str = "ring",
+    algorithm: str = "auto",
     **options: Any,
 ) -> Trained:
     """Train on a mesh; weights are this rank's own stage, by name, after the steps in `keep_weights`."""
@@ -84,13 +94,14 @@ def train_small(
     stage.to(device)
     buckets = fill_buckets(stage, 20_000)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
-    optimizer = ShardedAdamW(buckets, mesh.replica, data, settings, dtype)
-    reducer = GradientReducer(mesh.data_axis, buckets, transport, algorithm=algorithm)
+    exchange, _ = choose_exchange(mesh.world, mesh.data_axis, transport, buckets, dtype, algorithm=algorithm)
+    exchange.spread()
+    optimizer = ShardedAdamW(buckets, settings)
     executor = Executor(stage, mesh, transport, card.hidden_size)
     stepper = Stepper(
         mesh,
         executor,
-        reducer,
+        exchange,
         optimizer,
         schedule=schedule,
         options=settings,
@@ -117,6 +128,6 @@ def train_small(
         trained.updated.append(result.updated)
         if step + 1 in keep_weights:
             trained.weights[step + 1] = {n: p.detach().float().cpu().clone() for n, p in stage.named_parameters()}
-    reducer.close()
+    stepper.close()
     mesh.free()
     return trained
