@@ -8,6 +8,7 @@ NP ?= 8
 ARGS ?=
 
 BIN = $(VENV)/bin
+RESULTS = tests/benchmarks/results
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help run test test-gpu lint bench clean
@@ -34,8 +35,9 @@ lint: $(VENV)/.installed-dev  ## style, spelling, types, import rules, shell scr
 	$(BIN)/codespell
 	$(BIN)/shellcheck -x .ci/run jobs/*.sh
 
-bench: $(VENV)/.installed-dev  ## our all-reduce against MPI_Allreduce on NP ranks
-	$(BIN)/mpirun -np $(NP) $(BIN)/python tests/benchmarks/bench_reduce.py $(ARGS)
+bench: $(VENV)/.installed-dev  ## our all-reduce beside MPI's own and gloo's, on 2, 4 and 8 ranks, into $(RESULTS)
+	for ranks in 2 4 8; do \
+	  $(BIN)/mpirun -np $$ranks $(BIN)/python -m mpitrain bench allreduce --out $(RESULTS) $(ARGS) || exit; done
 
 clean:  ## remove environments and caches; runs are kept
 	rm -rf .venv .venv-* dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
@@ -49,7 +51,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing mpitrain with $(MPI) and what tests and checks need into $(VENV) (minutes, the first time)"
-	$(PIP_INSTALL) --editable '.[$(MPI),test,dev]'
+	$(PIP_INSTALL) --editable '.[$(MPI),report,test,dev]'
 	@touch $(VENV)/.installed $@
 
 $(BIN)/python:

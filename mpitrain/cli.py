@@ -26,8 +26,10 @@ COMMANDS = {
     "predict": "tag a file, or standard input, with a checkpoint",
     "export": "write a checkpoint as a directory that transformers loads",
     "inspect": "show what is in a shard directory or a checkpoint",
+    "bench": "time our all-reduce beside MPI's own and gloo's",
 }
-OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to"}
+OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", "--kib", "--repeats"}
+SIZES = [4**power for power in range(3, 10)]  # KiB: 64 KiB to 256 MiB
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +52,21 @@ def command_parser(command: str) -> _Parser:
         parser.add_argument("input", metavar="INPUT", help="CoNLL or plain text (one sentence a line); - is stdin")
         parser.add_argument("--format", choices=["auto", "conll", "text"], default="auto", help="of the input")
         parser.add_argument("--to", choices=["conll", "jsonl"], default="conll", help="of the output")
+    if command == "bench":
+        parser.add_argument("what", choices=["allreduce"], help="what to time")
+        parser.add_argument("--kib", type=_counts, default=SIZES, metavar="N,N,...", help="sizes of the tensor")
+        parser.add_argument("--repeats", type=_count, default=21, metavar="N", help="turns of each at each size")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"found {text!r}; a whole number above 0 would work")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(word) for word in text.split(",")]
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -215,6 +231,14 @@ def _export(world: Any, options: argparse.Namespace, settings: Config, console: 
     return ExitCode.DONE
 
 
+def _bench(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
+    from mpitrain.bench import bench_allreduce
+
+    sizes = [1024 * kib for kib in options.kib]
+    bench_allreduce(world, console, sizes=sizes, repeats=options.repeats, out=settings.out)
+    return ExitCode.DONE
+
+
 def _inspect(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
     place = options.directory or options.checkpoint
     if place is None:
@@ -249,4 +273,5 @@ HANDLERS: dict[str, Handler] = {
     "predict": _predict,
     "export": _export,
     "inspect": _inspect,
+    "bench": _bench,
 }

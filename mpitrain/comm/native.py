@@ -11,6 +11,11 @@ from mpitrain.runtime.agree import Comm
 from mpitrain.split import part
 
 
+def all_reduce(comm: Comm, flat: torch.Tensor) -> None:
+    """Sum in place; fp32 on the CPU (collective)."""
+    comm.Allreduce(MPI.IN_PLACE, flat.numpy(), MPI.SUM)
+
+
 def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport) -> None:
     """Leave the sum over ranks in this rank's chunk, `part(rank, n, size)`; fp32 only (collective)."""
     if comm.size == 1:

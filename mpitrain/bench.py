@@ -1,0 +1,247 @@
+"""`mpitrain bench allreduce`: our ways of summing gradients against MPI's own and gloo's, taking turns in one run.
+
+The time of a repeat is that of its slowest rank. All contenders meet the same state of the machine, because each repeat
+runs all of them, in an order that turns. Every contender begins with a tensor on each rank and ends when each rank can
+read the sum; before any timing its sum is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.table import Table
+
+from mpitrain import __version__
+from mpitrain.comm import native, ring
+from mpitrain.comm.buckets import Bucket
+from mpitrain.comm.buffers import Transport
+from mpitrain.comm.node import NodeExchange
+from mpitrain.errors import MpitrainError
+from mpitrain.files import replace_file, user_path
+from mpitrain.observe.console import Console
+from mpitrain.runtime.agree import Comm, collect, share, together
+from mpitrain.runtime.device import share_cores
+from mpitrain.runtime.launch import library_version
+
+WARM_UP = 3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RATIOS = [("node", "MPI"), ("ring", "MPI"), ("node", "gloo")]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to sum: what each rank brings, and what brings about the sum and says where it is."""
+
+    values: torch.Tensor
+    run: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one size: quartiles over the repeats, in seconds."""
+
+    dtype: str
+    bytes: int
+    contender: str
+    lower: float
+    median: float
+    upper: float
+
+
+def bench_allreduce(comm: Comm, console: Console, *, sizes: Sequence[int], repeats: int, out: Path | None) -> list[Row]:
+    """Measure, print tables, and write `allreduce-<ranks>.json` and `.png` into `out` (collective).
+
+    Args:
+        comm: the ranks that take part.
+        console: speaks on rank 0.
+        sizes: bytes of the tensor that every rank brings.
+        repeats: timed turns of each contender at each size.
+        out: a directory, or None to write nothing.
+    """
+    num_threads, crowded = share_cores(comm, None)
+    facts = describe_machine(comm, num_threads) | {"repeats": repeats, "warm_up": WARM_UP}
+    console.say("bench", f"{comm.size} rank(s) on {facts['cores']} cores, {facts['mpi']}, {repeats} turns each")
+    transport = Transport(patient=crowded)
+    rows: list[Row] = []
+    with _gloo(comm, console):
+        for dtype in DTYPES:
+            for size in sizes:
+                rows += _measure(comm, transport, dtype, size, repeats)
+            console.show(table_of([row for row in rows if row.dtype == dtype]))
+    with together(comm, "writing results"):
+        if comm.rank == 0 and out is not None:
+            write(out, f"allreduce-{comm.size}", facts, rows, console)
+    return rows
+
+
+def _measure(comm: Comm, transport: Transport, dtype: str, size: int, repeats: int) -> list[Row]:
+    values = torch.empty(size // DTYPES[dtype].itemsize, dtype=DTYPES[dtype])
+    with _contenders(comm, transport, values) as contenders:
+        for name, contender in contenders.items():
+            _check(comm, name, contender)
+        names = list(contenders)
+        seconds = np.empty((repeats, len(names)))
+        for repeat in range(-WARM_UP, repeats):
+            for turn in range(len(names)):
+                number = (repeat + turn) % len(names)
+                elapsed = _seconds(comm, contenders[names[number]])
+                if repeat >= 0:
+                    seconds[repeat, number] = elapsed
+    quartiles = np.percentile(seconds, [25, 50, 75], axis=0).T.tolist()
+    return [Row(dtype, size, name, *found) for name, found in zip(names, quartiles, strict=True)]
+
+
+def _seconds(comm: Comm, contender: Contender) -> float:
+    """How long the slowest rank took."""
+    contender.values.fill_(1 / comm.size)  # sums of sums would overflow
+    comm.Barrier()
+    began = perf_counter()
+    contender.run()
+    elapsed = perf_counter() - began
+    return float(max(collect(comm, elapsed)))
+
+
+def _check(comm: Comm, name: str, contender: Contender) -> None:
+    whole = torch.arange(contender.values.numel()).remainder_(7)  # sums of a few small integers are exact
+    contender.values.copy_(whole * (comm.rank % 3))
+    comm.Barrier()
+    found = contender.run()
+    with together(comm, f"checking {name}"):
+        if not torch.equal(found, (whole * sum(rank % 3 for rank in range(comm.size))).to(found.dtype)):
+            raise RuntimeError(f"{name} summed {whole.numel():,} elements wrongly")
+
+
+@contextmanager
+def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Iterator[dict[str, Contender]]:
+    """By name. The node algorithm finds its input where training produces it, in the window, in fp32."""
+
+    def in_place(reduce: Callable[[], Any]) -> Contender:
+        return Contender(values, lambda: (reduce(), values)[1])
+
+    exchange = NodeExchange(comm, transport)
+    exchange.patient = transport  # no backward pass runs beside it
+    bucket = Bucket([("values", torch.nn.Parameter(torch.zeros(values.shape, dtype=values.dtype)))])
+    exchange.adopt([bucket], values.dtype)
+    found = {"node": Contender(bucket.gradients, lambda: _by_node(exchange, bucket))}
+    found["ring"] = in_place(lambda: ring.all_reduce(comm, values, transport))
+    if values.dtype == torch.float32:
+        found["MPI"] = in_place(lambda: native.all_reduce(comm, values))
+    if dist.is_initialized():
+        found["gloo"] = in_place(lambda: dist.all_reduce(values))
+    yield found
+    exchange.close()
+
+
+def _by_node(exchange: NodeExchange, bucket: Bucket) -> torch.Tensor:
+    exchange.reduce(0)
+    for piece in bucket.pieces:
+        piece.weights.copy_(piece.gradients)  # stands for the update
+    exchange.spread()
+    return bucket.weights
+
+
+@contextmanager
+def _gloo(comm: Comm, console: Console) -> Iterator[None]:
+    """torch.distributed's process group over the same ranks, where gloo can be had (collective)."""
+    host = platform.node() if len(set(collect(comm, platform.node()))) > 1 else "localhost"
+    where = share(comm, f"tcp://{host}:{_free_port()}" if comm.rank == 0 else "")
+    wait = timedelta(seconds=60)
+    try:
+        with together(comm, "starting gloo"):
+            dist.init_process_group("gloo", init_method=where, world_size=comm.size, rank=comm.rank, timeout=wait)
+    except MpitrainError as error:
+        console.warn(f"no gloo to compare with: {error}")
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    """Milliseconds by size, the ratios that matter, and the worst spread: half the distance of the quartiles."""
+    names = list(dict.fromkeys(row.contender for row in rows))
+    ratios = [(one, other) for one, other in RATIOS if {one, other} <= set(names)]
+    title = f"{rows[0].dtype}: median of the slowest rank's milliseconds"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", header_style="bold")
+    for name in ("KiB", *names, *(f"{one}/{other}" for one, other in ratios), "spread"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for size in dict.fromkeys(row.bytes for row in rows):
+        found = {row.contender: row for row in rows if row.bytes == size}
+        cells = [f"{1e3 * row.median:.3g}" for row in found.values()]
+        cells += [f"{found[one].median / found[other].median:.2f}" for one, other in ratios]
+        spread = max((row.upper - row.lower) / row.median / 2 for row in found.values())
+        table.add_row(f"{size >> 10:,}", *cells, f"{spread:.0%}")
+    return table
+
+
+def describe_machine(comm: Comm, num_threads: int) -> dict[str, Any]:
+    """What a reader needs to judge the figures (collective)."""
+    nodes = collect(comm, platform.node())
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpus = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "command": shlex.join(["python", "-m", "mpitrain", *sys.argv[1:]]),
+        "ranks": comm.size,
+        "nodes": len(set(nodes)),
+        "cpu": cpus[0] if cpus else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads_per_rank": num_threads,
+        "mpi": library_version(),
+        "versions": {"mpitrain": __version__, "python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def write(out: Path, stem: str, facts: dict[str, Any], rows: Sequence[Row], console: Console) -> None:
+    """The figures as JSON, and drawn if matplotlib is here."""
+    with user_path("--out", out):
+        out.mkdir(parents=True, exist_ok=True)
+        document = facts | {"seconds": [asdict(row) for row in rows]}
+        replace_file(out / f"{stem}.json", json.dumps(document, indent=1) + "\n")
+        written = [f"{stem}.json"]
+        try:
+            draw(out / f"{stem}.png", facts, rows)
+            written.append(f"{stem}.png")
+        except ImportError:
+            console.warn("no plot: matplotlib is not installed; pip install 'mpitrain[report]' brings it")
+    console.say("written", ", ".join(str(out / name) for name in written))
+
+
+def draw(file: Path, facts: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Time by size, a line per contender with its quartiles, a panel per dtype."""
+    from matplotlib.figure import Figure
+
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    figure = Figure(figsize=(5 * len(dtypes), 4), layout="constrained")
+    panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+    for dtype, panel in zip(dtypes, panels, strict=True):
+        for name in dict.fromkeys(row.contender for row in rows if row.dtype == dtype):
+            line = [row for row in rows if (row.dtype, row.contender) == (dtype, name)]
+            sizes = [row.bytes / 2**20 for row in line]
+            panel.plot(sizes, [1e3 * row.median for row in line], marker="o", markersize=3, label=name)
+            panel.fill_between(sizes, [1e3 * row.lower for row in line], [1e3 * row.upper for row in line], alpha=0.2)
+        panel.set(xscale="log", yscale="log", title=dtype, xlabel="MiB on each rank")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("ms, slowest rank")
+    panels[0].legend(frameon=False)
+    figure.suptitle(f"all-reduce, {facts['ranks']} ranks, {facts['cores']} cores, {facts['mpi']}", fontsize=10)
+    figure.savefig(file, dpi=150)
