@@ -128,7 +128,7 @@ def _check(comm: Comm, name: str, contender: Contender) -> None:
 
 @contextmanager
 def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Iterator[dict[str, Contender]]:
-    """By name. The node algorithm finds its input where training produces it, in the window, in fp32."""
+    """By name; ring16 has bf16 on the wire. The node algorithm's input is in the window, where training produces it."""
 
     def in_place(reduce: Callable[[], Any]) -> Contender:
         return Contender(values, lambda: (reduce(), values)[1])
@@ -140,6 +140,7 @@ def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Itera
     found = {"node": Contender(bucket.gradients, lambda: _by_node(exchange, bucket))}
     found["ring"] = in_place(lambda: ring.all_reduce(comm, values, transport))
     if values.dtype == torch.float32:
+        found["ring16"] = in_place(lambda: ring.all_reduce(comm, values, transport, torch.bfloat16))
         found["MPI"] = in_place(lambda: native.all_reduce(comm, values))
     if dist.is_initialized():
         found["gloo"] = in_place(lambda: dist.all_reduce(values))

@@ -59,11 +59,27 @@ def test_minus_zero_and_denormals_survive(comm):
     assert torch.signbit(flat[0])
 
 
-def test_large_tensors_travel_in_several_messages(comm, monkeypatch):
-    monkeypatch.setattr(ring, "MAX_MESSAGE", 100)
-    flat = torch.arange(1001, dtype=torch.float32)
-    ring.all_reduce(comm, flat, Transport())
-    assert torch.equal(flat, torch.arange(1001, dtype=torch.float32) * comm.size)
+@pytest.mark.parametrize("wire", [None, torch.bfloat16])
+@pytest.mark.parametrize("segment", [1, 7, 100])
+def test_chunks_of_many_segments_are_summed_and_gathered_in_order(comm, monkeypatch, segment, wire):
+    monkeypatch.setattr(ring, "SEGMENT", segment)
+    for length in (5, 401):
+        flat = torch.arange(length, dtype=torch.float32).remainder(16) + comm.rank
+        ring.all_reduce(comm, flat, Transport(), wire)
+        size = comm.size
+        assert torch.equal(flat, torch.arange(length).remainder(16) * float(size) + size * (size - 1) / 2)
+
+
+def test_nothing_rests_on_messages_that_mpi_buffers(comm, monkeypatch):
+    """Synchronous sends end only when they are received: a ring that sent before it posted receives would hang."""
+
+    class Synchronous:
+        rank, size, Irecv, Isend = comm.rank, comm.size, comm.Irecv, comm.Issend
+
+    monkeypatch.setattr(ring, "SEGMENT", 64)
+    flat = torch.full((1000,), comm.rank + 1.0)
+    ring.all_reduce(Synchronous(), flat, Transport())
+    assert torch.equal(flat, torch.full((1000,), comm.size * (comm.size + 1) / 2))
 
 
 def test_a_view_with_gaps_is_refused(comm):
