@@ -194,7 +194,7 @@ def load(flags: Sequence[str], file: Path | None = None) -> Config:
     unknown = sorted(
         name
         for name in os.environ
-        if name.startswith("MPITRAIN_") and name not in OTHER_VARIABLES and not _names_a_field(name)
+        if name.startswith("MPITRAIN_") and name not in OTHER_VARIABLES and not _is_field(name)
     )
     Config.sources = (flags, table)
     try:
@@ -210,9 +210,13 @@ def load(flags: Sequence[str], file: Path | None = None) -> Config:
     return config
 
 
-def _names_a_field(variable: str) -> bool:
-    """Whether its first word is a field; pydantic sees to what comes after `__`."""
-    return variable.removeprefix("MPITRAIN_").lower().partition("__")[0] in Config.model_fields
+def _is_field(variable: str) -> bool:
+    path = variable.removeprefix("MPITRAIN_").lower().split("__")
+    fields: dict[str, Any] = Config.model_fields
+    for part in path[:-1]:
+        kind = fields[part].annotation if part in fields else None
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+    return path[-1] in fields
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -225,7 +229,9 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def _all_mistakes(error: ValidationError, file: Path | None, unknown: list[str]) -> str:
-    lines = [describe(mistake, prefix="--") for mistake in error.errors()]
+    known = {name.removeprefix("MPITRAIN_").lower() for name in unknown}  # pydantic finds some of these too
+    mistakes = [mistake for mistake in error.errors() if "__".join(map(str, mistake["loc"])) not in known]
+    lines = [describe(mistake, prefix="--") for mistake in mistakes]
     lines += [f"{name}: no such field (environment variable)" for name in unknown]
     origin = f" (flags, MPITRAIN_ variables{f', {file}' if file else ''})"
     return "\n  ".join([f"configuration{origin}: {len(lines)} mistake(s)", *lines])

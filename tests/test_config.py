@@ -75,8 +75,9 @@ def test_all_mistakes_of_all_sources_are_in_one_message(tmp_path, monkeypatch):
 @pytest.mark.parametrize("variable", ["MPITRAIN_TRAIN__", "MPITRAIN_TRAIN__SEEDS", "MPITRAIN_MODEL__X"])
 def test_a_variable_that_is_no_field_is_named(monkeypatch, variable):
     monkeypatch.setenv(variable, "1")
-    with pytest.raises(UsageError, match=variable):
+    with pytest.raises(UsageError, match=variable) as refusal:
         config.load([])
+    assert "2 mistake" not in str(refusal.value), "one slip is one mistake"
 
 
 def test_the_programs_other_variables_are_no_fields(monkeypatch):

@@ -19,7 +19,7 @@ SECONDS = 30
 SCRIPT = """
 import os, sys, threading
 from mpitrain import cli
-from mpitrain.comm.reducer import GradientReducer
+from mpitrain.comm.node import NodeExchange
 from mpitrain.runtime.agree import MPI
 from mpitrain.step import Stepper
 
@@ -67,7 +67,7 @@ def train_with(problem: tuple[Path, list[str], dict[str, str]], misfortune: str,
     [
         ("step", "fail()"),
         ("thread", "threading.Thread(target=fail).start()"),
-        ("reducer", "GradientReducer._reduce = fail"),
+        ("reducer", "NodeExchange.reduce = fail"),
     ],
 )
 def test_an_uncaught_exception_on_one_rank_ends_all_with_its_traceback(problem, name, misfortune):

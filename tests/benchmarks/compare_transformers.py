@@ -1,6 +1,6 @@
 """The same model, data and hyperparameters by mpitrain and by a plain transformers loop: F1 and wall time of both.
 
-    MPITRAIN_CORPORA=/path/to/corpora python tests/benchmarks/compare_transformers.py --data btc --ranks 8 --seeds 3
+    MPITRAIN_CORPORA=/path/to/corpora python tests/benchmarks/compare_transformers.py --data btc --ranks 8
 
 transformers runs as its tutorials do: one process, all cores, sentences padded to the longest of their batch, each
 from the same tokenizer and card, with the same AdamW, learning-rate schedule, clipping, batch size and epochs; the
@@ -124,11 +124,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--ranks", type=int, default=8, help="0: no mpirun")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     options = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {"mpitrain": [], "transformers": []}
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         run = options.out / f"{options.data}-{options.ranks}-seed{seed}"
         found["mpitrain"].append(run_mpitrain(options, seed, run))
         found["transformers"].append(run_transformers(options, seed, run))

@@ -212,7 +212,7 @@ def test_a_description_shows_counts_labels_and_oddities(comm, folder, recipe):
     info: DatasetInfo = prepare(comm, recipe, folder / "out", **SETTINGS)
     console = Console(width=160)
     with console.capture() as shown:
-        console.print(describe(folder / "out"))
+        console.print(describe(folder / "out")[0])
     text = shown.get()
     assert all(label in text for label in info.label_names)
     assert "20" in text and f"train: {info.summary['train'].normalised['sentences split']} x sentences split" in text
