@@ -84,6 +84,8 @@ class Train(Section):
     """dropout everywhere in the model; the model card's if not given"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """dtype of weights and activations in the passes; master weights are always fp32"""
+    reproducible: bool = False
+    """the same bits on any data x pipe mesh of powers of two, with the same threads per rank; slower"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of initial weights, order of the data, dropout"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -121,9 +123,10 @@ class Comm(Section):
 
     algorithm: Literal["auto", "ring", "node", "native"] = "auto"
     """node shares memory between the ranks of a node, with rings between nodes; ring sends messages between all ranks;
-    native is MPI_Reduce_scatter and MPI_Allgatherv; auto is node where replicas share a node, else ring"""
+    native is MPI_Reduce_scatter and MPI_Allgatherv; auto is node on CPUs where replicas share a node whose /dev/shm
+    has room, else ring"""
     wire_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """dtype of gradients on the way; sums are made in fp32; auto is fp32"""
+    """dtype of gradients in messages (with node: between nodes); sums are made in fp32; auto is fp32"""
     bucket_mib: Annotated[float, Field(gt=0, le=1024)] = 8.0
     """MiB of gradients that are reduced together"""
 
@@ -164,6 +167,12 @@ class Config(BaseSettings):
     tokenizer: Tokenizer = Tokenizer()
     checkpoint: Checkpoint = Checkpoint()
     comm: Comm = Comm()
+
+    @model_validator(mode="after")
+    def _reproducible_sums_by_a_tree(self) -> Self:
+        if self.train.reproducible and (self.comm.algorithm != "auto" or self.comm.wire_dtype == "bf16"):
+            raise ValueError("train.reproducible sums in fp32, by a tree; leave comm.algorithm and wire_dtype at auto")
+        return self
 
     @classmethod
     def settings_customise_sources(

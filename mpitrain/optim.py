@@ -64,13 +64,18 @@ class ShardedAdamW:
 
     def squared_norm(self) -> float:
         """Sum of squares of the owned gradients; summed over all ranks each parameter counts once."""
-        norms = torch._foreach_norm([owned.piece.gradients for owned in self._owned])
-        return float(torch.stack(norms).double().square().sum()) if norms else 0.0
+        if not self._owned:
+            return 0.0
+        return float(torch.stack(torch._foreach_norm(self.gradients())).double().square().sum())
+
+    def gradients(self) -> list[torch.Tensor]:
+        """What this rank owns of all gradients, fp32, flat."""
+        return [owned.piece.gradients for owned in self._owned]
 
     def step(self, learning_rate: float, gradient_factor: float) -> None:
         """Update what is owned with gradients times `gradient_factor`; to spread the result is the caller's part."""
         if gradient_factor != 1.0 and self._owned:
-            torch._foreach_mul_([owned.piece.gradients for owned in self._owned], gradient_factor)
+            torch._foreach_mul_(self.gradients(), gradient_factor)
         for decayed in (True, False):
             group = [owned for owned in self._owned if decays(owned.piece.name) is decayed]
             if group:

@@ -82,6 +82,7 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest) -> Ru
         DTYPES[config.train.precision],
         algorithm=config.comm.algorithm,
         wire_dtype=torch.bfloat16 if config.comm.wire_dtype == "bf16" else None,
+        reproducible=config.train.reproducible,
     )
     exchange.spread()
     console.say("exchange", why)

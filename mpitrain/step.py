@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mpitrain.comm import tree
 from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.reducer import GradientReducer
 from mpitrain.config import Train
@@ -20,7 +21,7 @@ from mpitrain.model.dropout import KeyedDropout
 from mpitrain.optim import LossScale, ShardedAdamW, learning_rate_at
 from mpitrain.pipeline.executor import Executor, MicroBatch
 from mpitrain.pipeline.schedule import program
-from mpitrain.runtime.agree import total
+from mpitrain.runtime.agree import collect, total
 from mpitrain.runtime.mesh import Mesh
 from mpitrain.split import part
 
@@ -64,7 +65,7 @@ class Stepper:
         self.mesh = mesh
         self.executor = executor
         self.exchange = exchange
-        self.reducer = GradientReducer(exchange)
+        self.reducer = GradientReducer(exchange, reproducible=options.reproducible)
         self.optimizer = optimizer
         self.schedule = schedule
         self.options = options
@@ -84,6 +85,7 @@ class Stepper:
             num_labelled=plan.num_labelled,
             loss_scale=self.loss_scale.value,
             before_last_backward=self.reducer.arm,
+            after_backward=self.reducer.end_micro_batch,
         )
         computed = time.perf_counter()
         self.reducer.finish()
@@ -104,9 +106,20 @@ class Stepper:
 
     def _agree(self, loss: float, stop: bool) -> tuple[float, float, bool]:
         """Loss and gradient norm of the whole batch and whether to stop, in one vote with the same bits everywhere."""
-        mine = np.array([loss, self.optimizer.squared_norm() / self.loss_scale.value**2, float(stop)])
-        everyone = total(self.mesh.world, mine)
+        squares = self._exact_squares() if self.options.reproducible else self.optimizer.squared_norm()
+        everyone = total(self.mesh.world, np.array([loss, squares / self.loss_scale.value**2, float(stop)]))
         return float(everyone[0]), math.sqrt(everyone[1]) if everyone[1] >= 0 else math.nan, bool(everyone[2] > 0)
+
+    def _exact_squares(self) -> float:
+        """The sum of squares over all ranks on the first rank, 0 on others: no mesh changes a bit of it."""
+        world, gradients = self.mesh.world, self.optimizer.gradients()
+        largest = [float(gradient.abs().max()) for gradient in gradients]
+        peaks: list[float] = [peak for peaks in collect(world, largest) for peak in peaks]
+        if not all(map(math.isfinite, peaks)):
+            return math.nan
+        scale = tree.power_of_two_above(max(peaks))
+        limbs = total(world, np.array(tree.square_limbs(gradients, scale)))
+        return tree.from_limbs(limbs, scale) if world.rank == 0 else 0.0
 
     def _update(self, grad_norm: float, learning_rate: float) -> None:
         limit = self.options.max_grad_norm
@@ -126,14 +139,17 @@ class Stepper:
 
 
 def load_micro_batches(
-    plan: StepPlan, split: Sequences, mesh: Mesh, device: torch.device, seed: int
+    plan: StepPlan, split: Sequences, mesh: Mesh, device: torch.device, options: Train
 ) -> list[MicroBatch]:
     """This replica's share of a step, with what this stage needs of it."""
     loaded = []
-    for number in range(*part(mesh.replica, len(plan.micro_batches), mesh.num_replicas)):
+    count = len(plan.micro_batches)
+    # A tree is cut at powers of two: replicas without work are better than other sums.
+    num_leaves = 1 << (count - 1).bit_length() if options.reproducible else count
+    for number in range(count)[slice(*part(mesh.replica, num_leaves, mesh.num_replicas))]:
         sequences = plan.micro_batches[number]
         tokens = torch.from_numpy(split.read("tokens", sequences)).to(device) if mesh.is_first else None
         labels = torch.from_numpy(split.read("labels", sequences)).to(device) if mesh.is_last else None
         layout = PackedLayout(split.index.lengths[sequences], device)
-        loaded.append(MicroBatch(layout, tokens, labels, KeyedDropout(seed, plan.step, number)))
+        loaded.append(MicroBatch(layout, tokens, labels, KeyedDropout(options.seed, plan.step, number)))
     return loaded

@@ -13,6 +13,7 @@ from mpitrain.dataset.batches import StepPlan
 from mpitrain.dataset.loader import prefetch
 from mpitrain.errors import CheckpointError, ExitCode, MpitrainError, code_of, on_all_ranks
 from mpitrain.evaluate import evaluate
+from mpitrain.files import user_path
 from mpitrain.metrics import is_plain
 from mpitrain.observe.console import Console, score_table
 from mpitrain.observe.record import RunDirectory
@@ -58,7 +59,8 @@ def forget_last_exit(comm: Comm, out: Path | None) -> RunDirectory | None:
         return None
     with together(comm, f"opening {out}"):
         if comm.rank == 0:
-            (out / "exit.json").unlink(missing_ok=True)
+            with user_path("--out", out):
+                (out / "exit.json").unlink(missing_ok=True)
     return RunDirectory(out)
 
 
@@ -66,10 +68,10 @@ def run_steps(run: Run) -> str:
     """Train until the last step, the end of patience or a signal; names the signal, if any (collective)."""
     if evaluation_is_due(run):  # a signal came between the last step of an epoch and its evaluation
         evaluate_dev(run)
-    split, seed = run.splits["train"], run.config.train.seed
+    split, options = run.splits["train"], run.config.train
     plans = (run.plan.step(step) for step in range(run.progress.step, 0 if is_hopeless(run) else run.num_steps))
     mesh, device = run.place.mesh, run.place.transport.device
-    batches = prefetch(plans, lambda plan: load_micro_batches(plan, split, mesh, device, seed))
+    batches = prefetch(plans, lambda plan: load_micro_batches(plan, split, mesh, device, options))
     run.console.start_steps(run.progress.step, run.num_steps)
     began = time.perf_counter()
     try:

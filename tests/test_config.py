@@ -134,3 +134,9 @@ def test_the_help_names_every_field_with_its_meaning():
         for flag, leaf in leaves.items():
             assert f"--{flag} " in text
             assert leaf.description and leaf.description[:20] in text, f"{flag} says nothing"
+
+
+@pytest.mark.parametrize("flags", [["--comm.algorithm", "ring"], ["--comm.wire_dtype", "bf16"]])
+def test_reproducible_sums_leave_no_choice_of_an_algorithm(flags):
+    with pytest.raises(UsageError, match=r"reproducible sums in fp32, by a tree; leave comm.algorithm"):
+        config.load(["--train.reproducible", "true", *flags])

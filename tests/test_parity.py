@@ -81,6 +81,18 @@ def test_messages_give_the_same_numbers_as_shared_memory(comm, algorithm):
     assert run.losses == pytest.approx(reference.losses, rel=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_reproducible_sums_have_the_same_bits_on_any_mesh_of_powers_of_two(comm, precision):
+    options = {"reproducible": True, "precision": precision}
+    reference = one_rank(10, **options)
+    for data, pipe in [*meshes_of(comm), (comm.size, 1)]:
+        if comm.size != 3:
+            run = train_small(comm, data, pipe, 10, keep_weights=AT, **options)
+            assert run.grad_norms == reference.grad_norms
+            for name, values in run.weights[10].items():
+                assert torch.equal(values, reference.weights[10][name]), f"{name} on {data} x {pipe}"
+
+
 def test_fewer_micro_batches_than_replicas_leave_some_without_work(comm):
     reference = one_rank(10, micro_batches=1, batch_size=5)
     run = train_small(comm, comm.size, 1, 10, micro_batches=1, batch_size=5)

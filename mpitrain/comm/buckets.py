@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from mpitrain.split import UNIT
+
 
 @dataclass(frozen=True)
 class Member:
-    """Where a parameter lies in its bucket: elements [start, stop)."""
+    """Where a parameter lies in its bucket: elements [start, stop), from a multiple of `split.UNIT` on."""
 
     name: str
     parameter: torch.nn.Parameter
@@ -59,7 +61,7 @@ class Bucket:
     """Some parameters side by side.
 
     Attributes:
-        size: number of elements.
+        size: number of elements, gaps included, which are zero.
         weights, gradients: [size], of the compute dtype and fp32, once attached.
         owned: bounds of this rank's own part.
         reduced: fp32 [stop - start of `owned`], where that part's sum over replicas appears.
@@ -78,7 +80,7 @@ class Bucket:
         self.size = 0
         for name, parameter in named_parameters:
             self.members.append(Member(name, parameter, self.size, self.size + parameter.numel()))
-            self.size += parameter.numel()
+            self.size += -(-parameter.numel() // UNIT) * UNIT
 
     def attach(
         self, weights: torch.Tensor, gradients: torch.Tensor, owned: tuple[int, int], reduced: torch.Tensor

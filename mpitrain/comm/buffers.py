@@ -55,7 +55,7 @@ class Transport:
     """How this rank's tensors travel: device, direct or staged, and how to wait.
 
     Attributes:
-        patient: sleep between looks at pending requests, because ranks outnumber cores or other threads compute.
+        patient: sleep between looks at what is awaited, because ranks outnumber cores or other threads compute.
     """
 
     device: torch.device = CPU
@@ -83,7 +83,7 @@ class Transport:
         if host is not tensor:
             host.copy_(tensor)
         self.synchronize()
-        requests = [comm.Isend([part, MPI.BYTE], rank, tag) for part in _messages(host)]
+        requests = [comm.Isend([part, MPI.BYTE], rank, tag) for part in messages(host)]
         return Parcel(self, tensor, host, requests)
 
     def post(self, comm: Comm, shape: tuple[int, ...], dtype: torch.dtype, rank: int, tag: int) -> Parcel:
@@ -91,7 +91,7 @@ class Transport:
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         host = self.host(tensor)
         self.synchronize()
-        requests = [comm.Irecv([part, MPI.BYTE], rank, tag) for part in _messages(host)]
+        requests = [comm.Irecv([part, MPI.BYTE], rank, tag) for part in messages(host)]
         return Parcel(self, tensor, host, requests)
 
     def wait(self, requests: list[MPI.Request]) -> None:
@@ -107,7 +107,10 @@ class Transport:
         while not done():
             # In proportion to the wait so far: an eighth too late at most, and a long wait costs others no time.
             nap = (time.perf_counter() - began) / 8
-            time.sleep(min(max(nap, SHORTEST_NAP), LONGEST_NAP) if self.patient else 0)
+            if self.patient:
+                time.sleep(min(max(nap, SHORTEST_NAP), LONGEST_NAP))
+            else:
+                os.sched_yield()
 
 
 @dataclass
@@ -131,7 +134,7 @@ class Parcel:
         return self.tensor
 
 
-def _messages(tensor: torch.Tensor) -> list[Any]:
+def messages(tensor: torch.Tensor) -> list[Any]:
     """The tensor's memory in messages of at most MAX_MESSAGE bytes; an empty tensor is one empty message."""
     whole = memory(tensor)
     return [whole[start : start + MAX_MESSAGE] for start in range(0, max(1, len(whole)), MAX_MESSAGE)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from mpi4py import MPI
 
+from mpitrain.comm import native, ring, tree
 from mpitrain.comm.buckets import Bucket
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.exchange import Exchange, MessageExchange
@@ -17,6 +19,7 @@ from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.runtime.agree import Comm, collect
 
 SHARED_MEMORY = Path("/dev/shm")  # where MPICH and Open MPI keep windows
+ALONE = "no two replicas on one node"
 HEADROOM = 64 << 20  # bytes left to others, MPI's own buffers among them
 
 
@@ -29,6 +32,7 @@ def choose_exchange(
     *,
     algorithm: str = "auto",
     wire_dtype: torch.dtype | None = None,
+    reproducible: bool = False,
 ) -> tuple[Exchange, str]:
     """The exchange, which has adopted the buckets, and why it is that one (collective over `world`).
 
@@ -37,48 +41,47 @@ def choose_exchange(
         data_axis: this rank's data group.
         algorithm: auto, node, ring or native.
         wire_dtype: of partial sums between nodes, or between all ranks where no memory is shared; fp32 if None.
+        reproducible: sum in an order that no mesh changes, whatever the algorithm.
 
     Raises:
         UsageError: `node` was asked for and cannot be had.
     """
-    obstacle = ""
-    if algorithm in ("auto", "node"):
-        obstacle = _obstacle_to_sharing(world, data_axis, transport, buckets, dtype, forced=algorithm == "node")
-        if obstacle and algorithm == "node":
+    if reproducible:
+        exchange = MessageExchange(data_axis, transport, buckets, dtype, reduce_scatter=tree.reduce_scatter)
+        return exchange, "tree: the same sums, bit for bit, on any mesh of powers of two"
+    if algorithm == "native":
+        collectives = {"reduce_scatter": native.reduce_scatter, "all_gather": native.all_gather}
+        return MessageExchange(data_axis, transport, buckets, dtype, **collectives), "native: MPI's own collectives"
+    why = "ring: messages between all ranks"
+    if algorithm != "ring":
+        node = Comm(data_axis.Split_type(MPI.COMM_TYPE_SHARED, key=data_axis.rank))
+        obstacle = _obstacle_to_sharing(world, node, transport, Layout.of(node.size, buckets, dtype))
+        if not obstacle or (algorithm == "node" and obstacle == ALONE):
+            why = "node: gradients and weights in shared memory, rings between nodes"
+            return NodeExchange(data_axis, node, transport, buckets, dtype, wire_dtype=wire_dtype), why
+        node.Free()
+        if algorithm == "node":
             raise on_all_ranks(UsageError(f"--comm.algorithm node: {obstacle}; auto or ring would work"))
-    exchange: Exchange
-    if algorithm in ("auto", "node") and not obstacle:
-        exchange = NodeExchange(data_axis, transport, wire_dtype=wire_dtype)
-        why = "node: gradients and weights in shared memory, rings between nodes"
-    else:
-        exchange = MessageExchange(data_axis, transport, use_native=algorithm == "native", wire_dtype=wire_dtype)
-        why = "native: MPI's own collectives" if algorithm == "native" else "ring: messages between all ranks"
-        why += f" ({obstacle})" if obstacle else ""
-    exchange.adopt(buckets, dtype)
-    return exchange, why
+        why += f" ({obstacle})"
+    reduce_scatter = partial(ring.reduce_scatter, wire_dtype=wire_dtype)
+    return MessageExchange(data_axis, transport, buckets, dtype, reduce_scatter=reduce_scatter), why
 
 
-def _obstacle_to_sharing(
-    world: Comm, data_axis: Comm, transport: Transport, buckets: Sequence[Bucket], dtype: torch.dtype, *, forced: bool
-) -> str:
-    """Why this run cannot, or had better not, share memory; the same words on every rank (collective)."""
-    group = Comm(data_axis.Split_type(MPI.COMM_TYPE_SHARED))
-    start, stop = Layout.of(group.size, buckets, dtype).segment(group.rank)
-    shares = group.size > 1
-    group.Free()
-    node = Comm(world.Split_type(MPI.COMM_TYPE_SHARED))
-    needed = sum(collect(node, stop - start))
-    node.Free()
+def _obstacle_to_sharing(world: Comm, node: Comm, transport: Transport, layout: Layout) -> str:
+    """Why this run cannot share memory, or would gain nothing; the same words on every rank (collective)."""
+    start, stop = layout.segment(node.rank)
+    machine = Comm(world.Split_type(MPI.COMM_TYPE_SHARED))
+    needed = sum(collect(machine, stop - start))  # by all data groups that have ranks here
+    machine.Free()
     free = _free_shared_memory()
     mine = ""
     if transport.device.type != "cpu":
-        mine = "gradients on a GPU are not in shared memory"
+        mine = "a GPU's memory is not shared"
     elif free is not None and needed + HEADROOM > free:
         mine = f"{SHARED_MEMORY} has {free >> 20:,} MiB free, {needed >> 20:,} MiB are needed"
-    found = collect(world, [mine, shares])
-    if not forced and not any(shared for _, shared in found):
-        return "no two replicas on one node"
-    return next((obstacle for obstacle, _ in found if obstacle), "")
+    found = collect(world, [mine, node.size])
+    alone = ALONE if max(size for _, size in found) == 1 else ""
+    return next((obstacle for obstacle, _ in found if obstacle), alone)
 
 
 def _free_shared_memory() -> int | None:

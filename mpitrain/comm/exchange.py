@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
-from mpitrain.comm import native, ring
+from mpitrain.comm import ring
 from mpitrain.comm.buckets import Bucket
 from mpitrain.comm.buffers import Transport
 from mpitrain.runtime.agree import Comm
-from mpitrain.split import part
+from mpitrain.split import aligned_part
+
+Collective = Callable[[Comm, torch.Tensor, Transport], None]
 
 
 class Exchange(ABC):
-    """Owns a duplicate of the data axis; every rank of it makes the same calls in the same order.
+    """The memory of the buckets of a data group; every rank of it makes the same calls in the same order.
 
     In a step: `begin`, then gradients are added up in `bucket.gradients`, then `reduce` for every bucket; then a vote
-    of all ranks, after which owners write their part of the weights; then `spread`. Nobody may write weights before
-    that vote: in shared memory they are the very weights with which another rank still computes.
+    of all ranks, after which owners write their part of the weights; then `spread`. Nobody may write weights, or begin
+    anew, before that vote: in shared memory others still compute with the one and sum up the other.
+
+    The buckets have their memory once the exchange is made, and whole weights after its first `spread`.
     """
 
-    def __init__(self, data_axis: Comm, transport: Transport) -> None:
-        """Take part in the data group (collective)."""
-        self.comm = Comm(data_axis.Dup())
+    def __init__(self, transport: Transport, buckets: Sequence[Bucket]) -> None:
+        """Exchange what `buckets` hold."""
+        self.buckets = buckets
         self.transport = transport
         # Reductions run in a thread which shares cores with the backward pass: it must never spin.
         self.patient = replace(transport, patient=True)
-        self.buckets: Sequence[Bucket] = ()
-
-    @abstractmethod
-    def adopt(self, buckets: Sequence[Bucket], dtype: torch.dtype) -> None:
-        """Give the buckets their memory, weights in `dtype`; they are whole after the first `spread` (collective)."""
 
     def begin(self) -> None:
-        """Return once this rank's gradients may be overwritten, all zero."""
+        """Set this rank's gradients to zero."""
         for bucket in self.buckets:
             bucket.gradients.zero_()
 
@@ -49,42 +48,53 @@ class Exchange(ABC):
         """Return once every rank sees the weights that the owners have written (collective)."""
 
     def close(self) -> None:
-        """Give memory and communicator back (collective)."""
+        """Give memory and communicators back; parameters are empty and pieces dangle after this (collective)."""
         for bucket in self.buckets:
             bucket.detach()
-        self.buckets = ()
-        self.comm.Free()
 
 
 class MessageExchange(Exchange):
-    """Every rank has its own copy of everything; sums and weights go round a ring, or through MPI's own collectives."""
+    """Every rank has its own copy of everything; sums and weights travel in messages."""
 
     def __init__(
-        self, data_axis: Comm, transport: Transport, *, use_native: bool = False, wire_dtype: torch.dtype | None = None
+        self,
+        data_axis: Comm,
+        transport: Transport,
+        buckets: Sequence[Bucket],
+        dtype: torch.dtype,
+        *,
+        reduce_scatter: Collective = ring.reduce_scatter,
+        all_gather: Collective = ring.all_gather,
     ) -> None:
-        """Exchange by our ring, with partial sums in `wire_dtype` if given, or by MPI's collectives."""
-        super().__init__(data_axis, transport)
-        self._use_native, self._wire_dtype = use_native, wire_dtype
+        """Give the buckets private memory; rank i owns chunk i, where a reduce-scatter leaves its sum (collective).
 
-    def adopt(self, buckets: Sequence[Bucket], dtype: torch.dtype) -> None:
-        """Private memory; rank i owns the i-th of equal parts, so that a ring leaves each sum with its owner."""
-        self.buckets = buckets
+        Args:
+            data_axis: the data group; its duplicate is used.
+            transport: device and manner of waiting.
+            buckets: without memory yet.
+            dtype: of the weights.
+            reduce_scatter: in place on flat tensors, cut as `split.aligned_part` does.
+            all_gather: likewise.
+        """
+        super().__init__(transport, buckets)
+        self._comm = Comm(data_axis.Dup())
+        self._reduce_scatter, self._all_gather = reduce_scatter, all_gather
         for bucket in buckets:
-            weights = torch.empty(bucket.size, dtype=dtype, device=self.transport.device)
-            gradients = torch.zeros(bucket.size, device=self.transport.device)
-            owned = part(self.comm.rank, bucket.size, self.comm.size)
+            weights = torch.zeros(bucket.size, dtype=dtype, device=transport.device)
+            gradients = torch.zeros(bucket.size, device=transport.device)
+            owned = aligned_part(self._comm.rank, bucket.size, self._comm.size)
             bucket.attach(weights, gradients, owned, gradients[slice(*owned)])
 
     def reduce(self, number: int) -> None:
         """Reduce-scatter in place."""
-        bucket = self.buckets[number]
-        if self._use_native:
-            native.reduce_scatter(self.comm, bucket.gradients, self.patient)
-        else:
-            ring.reduce_scatter(self.comm, bucket.gradients, self.patient, self._wire_dtype)
+        self._reduce_scatter(self._comm, self.buckets[number].gradients, self.patient)
 
     def spread(self) -> None:
         """All-gather in place."""
-        all_gather = native.all_gather if self._use_native else ring.all_gather
         for bucket in self.buckets:
-            all_gather(self.comm, bucket.weights, self.transport)
+            self._all_gather(self._comm, bucket.weights, self.transport)
+
+    def close(self) -> None:
+        """Give the communicator back too."""
+        super().close()
+        self._comm.Free()

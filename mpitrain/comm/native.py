@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from mpitrain.comm.buffers import Transport
 from mpitrain.runtime.agree import Comm
-from mpitrain.split import part
+from mpitrain.split import aligned_part
 
 
 def all_reduce(comm: Comm, flat: torch.Tensor) -> None:
@@ -17,12 +17,9 @@ def all_reduce(comm: Comm, flat: torch.Tensor) -> None:
 
 
 def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport) -> None:
-    """Leave the sum over ranks in this rank's chunk, `part(rank, n, size)`; fp32 only (collective)."""
-    if comm.size == 1:
-        return
-    transport.synchronize()
+    """Leave the sum over ranks in this rank's chunk (`split.aligned_part`); fp32 only (collective)."""
     values = flat.cpu().numpy()
-    start, stop = part(comm.rank, len(values), comm.size)
+    start, stop = aligned_part(comm.rank, len(values), comm.size)
     own = np.empty(stop - start, np.float32)
     comm.Reduce_scatter(values, own, _sizes(comm, len(values)), MPI.SUM)
     flat[start:stop].copy_(torch.from_numpy(own))
@@ -30,11 +27,8 @@ def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport) -> None
 
 def all_gather(comm: Comm, flat: torch.Tensor, transport: Transport) -> None:
     """Fill every chunk from the rank that owns it; any dtype, as bytes (collective)."""
-    if comm.size == 1:
-        return
-    transport.synchronize()
     values = flat.cpu().view(torch.uint8).numpy()
-    start, stop = (flat.element_size() * bound for bound in part(comm.rank, len(flat), comm.size))
+    start, stop = (flat.element_size() * bound for bound in aligned_part(comm.rank, len(flat), comm.size))
     sizes = [flat.element_size() * size for size in _sizes(comm, len(flat))]
     everything = np.empty_like(values)
     comm.Allgatherv([values[start:stop].copy(), MPI.BYTE], [everything, sizes, MPI.BYTE])
@@ -42,5 +36,5 @@ def all_gather(comm: Comm, flat: torch.Tensor, transport: Transport) -> None:
 
 
 def _sizes(comm: Comm, total: int) -> list[int]:
-    bounds = [part(index, total, comm.size) for index in range(comm.size)]
+    bounds = [aligned_part(index, total, comm.size) for index in range(comm.size)]
     return [stop - start for start, stop in bounds]

@@ -4,6 +4,8 @@ Autograd hooks count the gradients of the last micro-batch; a full bucket is han
 an exchange that has a communicator of its own, so that its messages never meet the pipeline's. A ring needs additions
 between its messages, hence a thread rather than non-blocking calls alone. Every rank hands buckets over in the same
 order, whatever the order of its hooks, and a replica without micro-batches joins in with zeros.
+
+Where sums have to be reproducible, micro-batches are added up by a tree, and travel after the last one.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ from functools import partial
 import torch
 
 from mpitrain.comm.exchange import Exchange
+from mpitrain.comm.tree import TreeSum
 
 
 class GradientReducer:
     """The thread that reduces; `close` ends it."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, *, reproducible: bool = False) -> None:
         """Watch the gradients of the buckets that the exchange has adopted."""
         self._exchange = exchange
+        self._tree = TreeSum() if reproducible else None
         self._armed = False
         self._missing: list[int] = []
         self._num_released = 0
@@ -44,10 +48,20 @@ class GradientReducer:
 
     def arm(self) -> None:
         """The next backward pass is the last of this step: gradients that arrive from now on are final."""
-        self._armed = True
+        self._armed = self._tree is None
+
+    def end_micro_batch(self) -> None:
+        """The gradients of a micro-batch are complete."""
+        if self._tree is not None:
+            self._tree.add([bucket.gradients for bucket in self._exchange.buckets])
+            for bucket in self._exchange.buckets:
+                bucket.gradients.zero_()
 
     def finish(self) -> None:
         """Return once this rank's part of every bucket holds the sum over replicas."""
+        if self._tree is not None:
+            for bucket, total in zip(self._exchange.buckets, self._tree.take() or [], strict=False):
+                bucket.gradients.copy_(total)
         self._release(len(self._exchange.buckets))
         for _ in self._exchange.buckets:
             error = self._done.get()

@@ -1,6 +1,6 @@
 """Our own reduce-scatter, all-gather and all-reduce: a ring of point-to-point messages.
 
-With k ranks the flat tensor is cut into k chunks (part i of n over k; chunks may be empty). In reduce-scatter each
+With k ranks the flat tensor is cut into k chunks (`split.aligned_part`; some may be empty). In reduce-scatter each
 rank passes a partial sum to its right neighbour k - 1 times, so that rank r ends with the whole sum of chunk r; in
 all-gather finished chunks go round the same way. Each rank sends 2 (k - 1) / k of the tensor, which is the minimum
 (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009, section 3).
@@ -22,7 +22,7 @@ from mpi4py import MPI
 
 from mpitrain.comm.buffers import Transport, memory
 from mpitrain.runtime.agree import Comm
-from mpitrain.split import part
+from mpitrain.split import aligned_part
 
 TAG = 7
 SEGMENT = 1 << 18  # elements; 1 MiB of fp32: long against a message's latency, short against a chunk
@@ -42,14 +42,18 @@ def all_reduce(comm: Comm, flat: torch.Tensor, transport: Transport, wire_dtype:
         ValueError: the tensor is not flat and contiguous.
     """
     reduce_scatter(comm, flat, transport, wire_dtype)
-    wired = flat.to(wire_dtype or flat.dtype)  # the own chunk too, or its bits would differ from the others'
+    if wire_dtype in (None, flat.dtype):
+        all_gather(comm, flat, transport)
+        return
+    wired = torch.empty_like(flat, dtype=wire_dtype)
+    own = slice(*aligned_part(comm.rank, flat.numel(), comm.size))
+    wired[own].copy_(flat[own])
     all_gather(comm, wired, transport)
-    if wired is not flat:
-        flat.copy_(wired)
+    flat.copy_(wired)  # the own chunk too, or its bits would differ from the others'
 
 
 def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport, wire_dtype: torch.dtype | None = None) -> None:
-    """Leave the sum over ranks in this rank's chunk, `part(rank, n, size)`; others are overwritten (collective)."""
+    """Leave the sum over ranks in this rank's chunk; other chunks are overwritten (collective)."""
     _check(flat)
     if comm.size == 1:
         return
@@ -57,19 +61,19 @@ def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport, wire_dt
     if host is not flat:
         host.copy_(flat)
     chunks = _chunks(comm, host)
-    outbox = _Outbox(comm, transport, wire_dtype or host.dtype)
-    for segment in _segments(chunks[comm.rank - 1]):
-        outbox.send(segment)
     targets = [s for hop in range(comm.size - 1) for s in _segments(chunks[(comm.rank - hop - 2) % comm.size])]
     num_own = len(_segments(chunks[comm.rank]))  # they come last, and stay
     inbox = _Inbox(comm, transport, targets, wire_dtype or host.dtype)
+    outbox = _Outbox(comm, transport, wire_dtype or host.dtype)
+    for segment in _segments(chunks[comm.rank - 1]):
+        outbox.send(segment)
     for number, target in enumerate(targets):
         target += inbox.next()
         if number < len(targets) - num_own:
             outbox.send(target)
     outbox.wait()
     if host is not flat:
-        own = slice(*part(comm.rank, flat.numel(), comm.size))
+        own = slice(*aligned_part(comm.rank, flat.numel(), comm.size))
         flat[own].copy_(host[own])
 
 
@@ -80,7 +84,7 @@ def all_gather(comm: Comm, flat: torch.Tensor, transport: Transport) -> None:
         return
     host = transport.host(flat)
     if host is not flat:
-        own = slice(*part(comm.rank, flat.numel(), comm.size))
+        own = slice(*aligned_part(comm.rank, flat.numel(), comm.size))
         host[own].copy_(flat[own])
     chunks = _chunks(comm, host)
     targets = [s for hop in range(comm.size - 1) for s in _segments(chunks[(comm.rank - hop - 1) % comm.size])]
@@ -159,7 +163,7 @@ def _check(flat: torch.Tensor) -> None:
 
 
 def _chunks(comm: Comm, host: torch.Tensor) -> list[torch.Tensor]:
-    return [host[slice(*part(index, host.numel(), comm.size))] for index in range(comm.size)]
+    return [host[slice(*aligned_part(index, host.numel(), comm.size))] for index in range(comm.size)]
 
 
 def _segments(chunk: torch.Tensor) -> list[torch.Tensor]:

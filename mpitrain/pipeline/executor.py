@@ -66,6 +66,7 @@ class Executor:
         self._num_labelled = 1
         self._loss_scale = 1.0
         self._before_last_backward: Callable[[], None] = lambda: None
+        self._after_backward: Callable[[], None] = lambda: None
         self.seconds_waited = 0.0
         self._carry_out: dict[Kind, Callable[[int], None]] = {
             Kind.POST_ACTIVATION: lambda m: self._post(m, ACTIVATION),
@@ -87,6 +88,7 @@ class Executor:
         num_labelled: int,
         loss_scale: float,
         before_last_backward: Callable[[], None],
+        after_backward: Callable[[], None],
     ) -> float:
         """Forward and backward of all micro-batches; gradients are added to `parameter.grad`.
 
@@ -94,7 +96,7 @@ class Executor:
             This stage's share of the batch's loss: non-zero on the last stage only.
         """
         self._num_labelled, self._loss_scale = num_labelled, loss_scale
-        self._before_last_backward = before_last_backward
+        self._before_last_backward, self._after_backward = before_last_backward, after_backward
         self._losses = []
         self._run(program, micro_batches)
         return float(torch.stack(self._losses).double().sum()) if self._losses else 0.0
@@ -154,6 +156,7 @@ class Executor:
         torch.autograd.backward(outputs, flight.gradient)
         flight.gradient = flight.inputs.grad if flight.inputs is not None else None
         flight.inputs = flight.outputs = None
+        self._after_backward()
 
     def _send(self, number: int, direction: int) -> None:
         flight = self._flights[number]

@@ -34,8 +34,7 @@ def reducing(comm, buckets, algorithm="ring", wire_dtype=None, dtype=torch.float
     """A reducer and its exchange, closed at the end."""
     if algorithm in HOSTS:
         node = comm.Split(HOSTS[algorithm](comm.rank))
-        exchange = NodeExchange(comm, Transport(), wire_dtype=wire_dtype, node=node)
-        exchange.adopt(buckets, dtype)
+        exchange = NodeExchange(comm, node, Transport(), buckets, dtype, wire_dtype=wire_dtype)
     else:
         exchange, _ = choose_exchange(
             comm, comm, Transport(), buckets, dtype, algorithm=algorithm, wire_dtype=wire_dtype
@@ -56,16 +55,16 @@ def backward_twice(module: torch.nn.Module, rank: int, reducer: GradientReducer)
         module(torch.rand(3, 7, generator=generator)).square().sum().backward()
 
 
-def sum_without_reducer(size: int) -> list[torch.Tensor]:
-    """All gradients of all ranks added up in fp64, in the order of the buckets."""
-    total = None
+def sum_without_reducer(size: int) -> dict[str, torch.Tensor]:
+    """All gradients of all ranks added up in fp64, by parameter."""
+    total: dict[str, torch.Tensor] = {}
     for rank in range(size):
         module = model_of(0)
         for number in range(2):
             generator = torch.Generator().manual_seed(10 * rank + number)
             module(torch.rand(3, 7, generator=generator)).square().sum().backward()
-        flat = torch.cat([p.grad.reshape(-1).double() for p in reversed(list(module.parameters()))])
-        total = flat if total is None else total + flat
+        for name, parameter in module.named_parameters():
+            total[name] = total.get(name, 0) + parameter.grad.double()
     return total
 
 
@@ -75,21 +74,22 @@ def test_the_own_part_of_every_bucket_holds_the_sum_of_all_micro_batches_of_all_
     comm, algorithm, wire, bucket_bytes
 ):
     module = model_of(0)
-    expected, start = sum_without_reducer(comm.size), 0
+    expected = sum_without_reducer(comm.size)
     tolerance = 3e-2 if wire else 1e-5
     with reducing(comm, buckets := fill_buckets(module, bucket_bytes), algorithm, wire) as (reducer, _):
         for _ in range(2):  # the second step must not see the first one's gradients
             reducer.start_step()
             backward_twice(module, comm.rank, reducer)
             reducer.finish()
-        for bucket in buckets:
-            wanted = expected[start : start + bucket.size][slice(*bucket.owned)]
-            torch.testing.assert_close(bucket.reduced.double(), wanted, rtol=tolerance, atol=tolerance * 10)
-            start += bucket.size
-        owned = collect(comm, [list(bucket.owned) for bucket in buckets])
-    assert start == len(expected)
-    for parts, bucket in zip(zip(*owned, strict=True), buckets, strict=True):
-        assert sorted(index for part in parts for index in range(*part)) == list(range(bucket.size)), "each owned once"
+            comm.Barrier()  # as the vote of a step
+        pieces = [piece for bucket in buckets for piece in bucket.pieces]
+        for piece in pieces:
+            wanted = expected[piece.name].reshape(-1)[piece.start : piece.stop]
+            torch.testing.assert_close(piece.gradients.double(), wanted, rtol=tolerance, atol=tolerance * 10)
+        owned = collect(comm, [[piece.name, piece.start, piece.stop] for piece in pieces])
+    for name, values in expected.items():
+        found = sorted(part[1:] for parts in owned for part in parts if part[0] == name)
+        assert [index for start, stop in found for index in range(start, stop)] == list(range(values.numel())), "once"
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -101,7 +101,8 @@ def test_a_replica_without_micro_batches_joins_in_with_zeros(comm, algorithm):
             backward_twice(module, 0, reducer)
         reducer.finish()
         total = torch.cat([bucket.reduced for bucket in buckets]).double().sum()
-    assert sum(collect(comm, float(total))) == pytest.approx(float(sum_without_reducer(1).sum()), rel=1e-5)
+    expected = sum(float(values.sum()) for values in sum_without_reducer(1).values())
+    assert sum(collect(comm, float(total))) == pytest.approx(expected, rel=1e-5)
 
 
 class Wait(torch.autograd.Function):
@@ -149,7 +150,8 @@ def test_buckets_travel_in_the_same_order_on_all_ranks_whatever_the_order_of_gra
             layer(torch.ones(1, 3)).sum().backward()
         reducer.finish()
         for bucket in buckets:
-            assert torch.equal(bucket.reduced, torch.full_like(bucket.reduced, float(comm.size)))
+            for piece in bucket.pieces:
+                assert torch.equal(piece.gradients, torch.full_like(piece.gradients, float(comm.size)))
     assert order == [0, 1, 2, 3]
 
 
@@ -171,18 +173,19 @@ def test_what_fails_in_the_thread_is_raised_by_finish(comm, monkeypatch):
 @pytest.mark.parametrize("algorithm", ["native", *ALGORITHMS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_rank_sees_the_weights_of_every_owner(comm, algorithm, dtype):
-    bucket = Bucket([("a", torch.nn.Parameter(torch.zeros(11))), ("b", torch.nn.Parameter(torch.zeros(2, 3)))])
+    bucket = Bucket([("a", torch.nn.Parameter(torch.zeros(1100))), ("b", torch.nn.Parameter(torch.zeros(2, 300)))])
     with reducing(comm, [bucket], algorithm, dtype=dtype) as (_, exchange):
-        assert bucket.weights.tolist() == [0.0] * 17
+        assert not any(member.parameter.any() for member in bucket.members)
         comm.Barrier()  # as the vote of a step
         for piece in bucket.pieces:
             piece.weights.fill_(comm.rank + 1)
         exchange.spread()
-        owners = [0] * 17
-        for rank, (start, stop) in enumerate(collect(comm, list(bucket.owned))):
-            owners[start:stop] = [rank + 1] * (stop - start)
-        assert bucket.weights.tolist() == owners
-        assert bucket.members[1].parameter.flatten().tolist() == owners[11:]
+        owned = enumerate(collect(comm, [[piece.name, piece.start, piece.stop] for piece in bucket.pieces]))
+        owners = {name: {start: (stop, rank + 1)} for rank, pieces in owned for name, start, stop in pieces}
+        for member in bucket.members:
+            for start, (stop, owner) in owners[member.name].items():
+                assert set(member.parameter.flatten()[start:stop].tolist()) == {owner}
+        assert all(member.parameter.all() for member in bucket.members), "no element without an owner"
 
 
 def test_on_a_node_there_is_one_copy_of_the_weights(comm):

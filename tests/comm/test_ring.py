@@ -11,10 +11,10 @@ import torch
 from mpitrain.comm import ring
 from mpitrain.comm.buffers import Transport, memory
 from mpitrain.runtime.agree import collect
-from mpitrain.split import part
+from mpitrain.split import aligned_part
 
 pytestmark = pytest.mark.mpi(min_size=1)
-LENGTHS = [0, 1, 2, 3, 7, 8, 9, 97, 4099, 70001]
+LENGTHS = [0, 1, 63, 64, 65, 3 * 64 - 1, 8 * 64, 8 * 64 + 1, 4099, 70001]
 
 
 def contribution(rank: int, length: int, dtype: torch.dtype) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_all_reduce_is_the_sum_with_the_same_bits_on_every_rank(comm, length, dt
 def test_reduce_scatter_leaves_the_sum_in_the_own_chunk(comm, length):
     flat = contribution(comm.rank, length, torch.float32)
     ring.reduce_scatter(comm, flat, Transport())
-    own = slice(*part(comm.rank, length, comm.size))
+    own = slice(*aligned_part(comm.rank, length, comm.size))
     expected = sum(contribution(rank, length, torch.float32) for rank in range(comm.size))
     torch.testing.assert_close(flat[own], expected[own], rtol=1e-5, atol=1e-5)
 
@@ -48,7 +48,7 @@ def test_a_bf16_wire_sums_in_fp32(comm):
     # 256 + 1 is 256 in bf16: only a sum that is kept in fp32 between hops can see the ones of its own rank.
     flat = torch.full((1000,), 1.0) if comm.rank else torch.full((1000,), 0.5)
     ring.reduce_scatter(comm, flat, Transport(), torch.bfloat16)
-    own = slice(*part(comm.rank, 1000, comm.size))
+    own = slice(*aligned_part(comm.rank, 1000, comm.size))
     assert torch.equal(flat[own], torch.full_like(flat[own], comm.size - 0.5))
 
 

@@ -20,7 +20,7 @@ from mpitrain.optim import ShardedAdamW
 from mpitrain.pipeline.balance import split_blocks
 from mpitrain.pipeline.executor import Executor
 from mpitrain.runtime import mesh as meshes
-from mpitrain.split import part
+from mpitrain.split import aligned_part
 from mpitrain.step import Stepper, load_micro_batches
 
 NUM_LABELS = 5
@@ -56,8 +56,10 @@ def small_split(num_sequences: int = 61, seed: int = 1) -> MemorySplit:
 def own(buckets: list[Bucket], index: int, count: int, dtype: torch.dtype = torch.float32) -> list[Bucket]:
     """Give buckets private memory, as rank `index` of `count` would have it, without any other rank."""
     for bucket in buckets:
-        gradients, owned = torch.zeros(bucket.size), part(index, bucket.size, count)
-        weights = torch.cat([member.parameter.detach().reshape(-1) for member in bucket.members]).to(dtype)
+        gradients, owned = torch.zeros(bucket.size), aligned_part(index, bucket.size, count)
+        weights = torch.zeros(bucket.size, dtype=dtype)
+        for member in bucket.members:
+            weights[member.start : member.stop] = member.parameter.detach().reshape(-1)
         bucket.attach(weights, gradients, owned, gradients[slice(*owned)])
     return buckets
 
@@ -94,7 +96,15 @@ def train_small(
     stage.to(device)
     buckets = fill_buckets(stage, 20_000)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
-    exchange, _ = choose_exchange(mesh.world, mesh.data_axis, transport, buckets, dtype, algorithm=algorithm)
+    exchange, _ = choose_exchange(
+        mesh.world,
+        mesh.data_axis,
+        transport,
+        buckets,
+        dtype,
+        algorithm=algorithm,
+        reproducible=settings.reproducible,
+    )
     exchange.spread()
     optimizer = ShardedAdamW(buckets, settings)
     executor = Executor(stage, mesh, transport, card.hidden_size)
@@ -119,7 +129,7 @@ def train_small(
     )
     trained = Trained()
     for step in range(num_steps):
-        micro_batches = load_micro_batches(plan.step(step), split, mesh, torch.device(device), settings.seed)
+        micro_batches = load_micro_batches(plan.step(step), split, mesh, torch.device(device), settings)
         if spoil is not None:
             spoil(step, mesh, stage)
         result = stepper.run(plan.step(step), micro_batches, False)
