@@ -2,7 +2,8 @@
 
 The time of a repeat is that of its slowest rank. All contenders meet the same state of the machine, because each repeat
 runs all of them, in an order that turns. Every contender begins with a tensor on each rank and ends when each rank can
-read the sum; before any timing its sum is checked.
+read the sum; before any timing its sum is checked. Only the node algorithm sums fp32 gradients in the bf16 table too:
+it gives bf16 weights, as in training.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from mpitrain import __version__
 from mpitrain.comm import native, ring
 from mpitrain.comm.buckets import Bucket
 from mpitrain.comm.buffers import Transport
-from mpitrain.comm.node import NodeExchange
-from mpitrain.errors import MpitrainError
+from mpitrain.comm.choice import choose_exchange
+from mpitrain.comm.exchange import Exchange
+from mpitrain.errors import UsageError
 from mpitrain.files import replace_file, user_path
 from mpitrain.observe.console import Console
 from mpitrain.runtime.agree import Comm, collect, share, together
@@ -63,7 +65,7 @@ class Row:
     upper: float
 
 
-def bench_allreduce(comm: Comm, console: Console, *, sizes: Sequence[int], repeats: int, out: Path | None) -> list[Row]:
+def bench_allreduce(comm: Comm, console: Console, *, sizes: Sequence[int], repeats: int, out: Path | None) -> None:
     """Measure, print tables, and write `allreduce-<ranks>.json` and `.png` into `out` (collective).
 
     Args:
@@ -73,6 +75,10 @@ def bench_allreduce(comm: Comm, console: Console, *, sizes: Sequence[int], repea
         repeats: timed turns of each contender at each size.
         out: a directory, or None to write nothing.
     """
+    with together(comm, "making --out"):
+        if comm.rank == 0 and out is not None:
+            with user_path("--out", out):
+                out.mkdir(parents=True, exist_ok=True)
     num_threads, crowded = share_cores(comm, None)
     facts = describe_machine(comm, num_threads) | {"repeats": repeats, "warm_up": WARM_UP}
     console.say("bench", f"{comm.size} rank(s) on {facts['cores']} cores, {facts['mpi']}, {repeats} turns each")
@@ -80,13 +86,12 @@ def bench_allreduce(comm: Comm, console: Console, *, sizes: Sequence[int], repea
     rows: list[Row] = []
     with _gloo(comm, console):
         for dtype in DTYPES:
-            for size in sizes:
+            for size in sorted(sizes, reverse=True):  # what does not fit into memory should be known at once
                 rows += _measure(comm, transport, dtype, size, repeats)
             console.show(table_of([row for row in rows if row.dtype == dtype]))
     with together(comm, "writing results"):
         if comm.rank == 0 and out is not None:
-            write(out, f"allreduce-{comm.size}", facts, rows, console)
-    return rows
+            write(out, f"allreduce-{comm.size}", facts, sorted(rows, key=lambda row: row.bytes), console)
 
 
 def _measure(comm: Comm, transport: Transport, dtype: str, size: int, repeats: int) -> list[Row]:
@@ -117,12 +122,12 @@ def _seconds(comm: Comm, contender: Contender) -> float:
 
 
 def _check(comm: Comm, name: str, contender: Contender) -> None:
-    whole = torch.arange(contender.values.numel()).remainder_(7)  # sums of a few small integers are exact
-    contender.values.copy_(whole * (comm.rank % 3))
-    comm.Barrier()
+    whole = torch.arange(contender.values.numel()).remainder_(7)
+    factors = [2, *(1 - 2 * (rank % 2) for rank in range(1, comm.size))]  # neighbours' sums are -1 to 2: exact in bf16
+    contender.values.copy_(whole * factors[comm.rank])
     found = contender.run()
     with together(comm, f"checking {name}"):
-        if not torch.equal(found, (whole * sum(rank % 3 for rank in range(comm.size))).to(found.dtype)):
+        if not torch.equal(found, (whole * sum(factors)).to(found.dtype)):
             raise RuntimeError(f"{name} summed {whole.numel():,} elements wrongly")
 
 
@@ -133,10 +138,9 @@ def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Itera
     def in_place(reduce: Callable[[], Any]) -> Contender:
         return Contender(values, lambda: (reduce(), values)[1])
 
-    exchange = NodeExchange(comm, transport)
-    exchange.patient = transport  # no backward pass runs beside it
     bucket = Bucket([("values", torch.nn.Parameter(torch.zeros(values.shape, dtype=values.dtype)))])
-    exchange.adopt([bucket], values.dtype)
+    exchange, _ = choose_exchange(comm, comm, transport, [bucket], values.dtype, algorithm="node")
+    exchange.patient = transport  # no backward pass runs beside it
     found = {"node": Contender(bucket.gradients, lambda: _by_node(exchange, bucket))}
     found["ring"] = in_place(lambda: ring.all_reduce(comm, values, transport))
     if values.dtype == torch.float32:
@@ -148,7 +152,7 @@ def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Itera
     exchange.close()
 
 
-def _by_node(exchange: NodeExchange, bucket: Bucket) -> torch.Tensor:
+def _by_node(exchange: Exchange, bucket: Bucket) -> torch.Tensor:
     exchange.reduce(0)
     for piece in bucket.pieces:
         piece.weights.copy_(piece.gradients)  # stands for the update
@@ -164,9 +168,14 @@ def _gloo(comm: Comm, console: Console) -> Iterator[None]:
     wait = timedelta(seconds=60)
     try:
         with together(comm, "starting gloo"):
-            dist.init_process_group("gloo", init_method=where, world_size=comm.size, rank=comm.rank, timeout=wait)
-    except MpitrainError as error:
-        console.warn(f"no gloo to compare with: {error}")
+            try:
+                dist.init_process_group("gloo", init_method=where, world_size=comm.size, rank=comm.rank, timeout=wait)
+            except Exception as error:
+                raise UsageError(f"no gloo to compare with: {error}") from None
+    except UsageError as error:
+        console.warn(str(error))
+        if dist.is_initialized():  # here, but not on some other rank
+            dist.destroy_process_group()
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -186,7 +195,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, title=title, title_justify="left", header_style="bold")
     for name in ("KiB", *names, *(f"{one}/{other}" for one, other in ratios), "spread"):
         table.add_column(name, justify="right", no_wrap=True)
-    for size in dict.fromkeys(row.bytes for row in rows):
+    for size in sorted({row.bytes for row in rows}):
         found = {row.contender: row for row in rows if row.bytes == size}
         cells = [f"{1e3 * row.median:.3g}" for row in found.values()]
         cells += [f"{found[one].median / found[other].median:.2f}" for one, other in ratios]
@@ -197,15 +206,16 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 def describe_machine(comm: Comm, num_threads: int) -> dict[str, Any]:
     """What a reader needs to judge the figures (collective)."""
-    nodes = collect(comm, platform.node())
+    masks = collect(comm, [platform.node(), sorted(os.sched_getaffinity(0))])
+    cores = {(node, core) for node, mask in masks for core in mask}
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpus = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "command": shlex.join(["python", "-m", "mpitrain", *sys.argv[1:]]),
         "ranks": comm.size,
-        "nodes": len(set(nodes)),
+        "nodes": len({node for node, _ in cores}),
         "cpu": cpus[0] if cpus else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(cores),
         "threads_per_rank": num_threads,
         "mpi": library_version(),
         "versions": {"mpitrain": __version__, "python": platform.python_version(), "torch": torch.__version__},
@@ -215,7 +225,6 @@ def describe_machine(comm: Comm, num_threads: int) -> dict[str, Any]:
 def write(out: Path, stem: str, facts: dict[str, Any], rows: Sequence[Row], console: Console) -> None:
     """The figures as JSON, and drawn if matplotlib is here."""
     with user_path("--out", out):
-        out.mkdir(parents=True, exist_ok=True)
         document = facts | {"seconds": [asdict(row) for row in rows]}
         replace_file(out / f"{stem}.json", json.dumps(document, indent=1) + "\n")
         written = [f"{stem}.json"]

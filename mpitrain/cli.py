@@ -83,7 +83,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command on all ranks and leave with DESIGN's exit code."""
+    """Run a command on all ranks and leave with the documented exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
     if command not in COMMANDS or {"-h", "--help", "--version"} & set(arguments):
@@ -175,7 +175,8 @@ def _train(world: Any, arguments: list[str], settings: Config, console: Console,
     code, directory = train(world, settings, console, stop)
     if code == ExitCode.STOPPED:
         launcher = f"mpirun -np {world.size} " if world.size > 1 else ""
-        told = arguments if settings.out is not None else [*arguments, "--out", str(directory)]
+        told = [*arguments, *([] if settings.out else ["--out", str(directory)])]
+        told += [] if settings.resume == "auto" else ["--resume", "auto"]  # the last one counts
         console.say("stopped", f"cleanly; to go on: {launcher}python -m mpitrain {shlex.join(told)}")
         return code
     console.say("next", f"python -m mpitrain evaluate --checkpoint {directory}")

@@ -1,4 +1,4 @@
-"""The errors a user can meet; each kind carries the exit code that DESIGN promises to job scripts."""
+"""The errors a user can meet; each kind carries the exit code that job scripts rely on."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def evaluate_checkpoint(comm: Comm, config: Config, checkpoint: Path, console: C
         MpitrainError: on all ranks, with the first cause.
     """
     trained = open_checkpoint(comm, checkpoint, console)
-    shards, info = find_data(comm, config, trained.described, trained.problem, console)
+    shards, info = find_data(comm, config, trained.trained_on, trained.problem, console)
     place, executor = restore_stage(comm, config, trained, console)
     reports: dict[str, Any] = {}
     splits: list[str] = [name for name in ("dev", "test") if name in info.splits] or list(info.splits)

@@ -63,8 +63,9 @@ def predict(
         if not share(comm, len(chunk)):
             break
         tagged = tag_sentences(executor, place, problem, chunk)
-        if comm.rank == 0 and not _write(target, tagged, output_format):
-            sentences = iter(())  # nobody reads on, as in `predict ... | head`
+        with together(comm, "writing tags"), user_path("--out", output or Path("-")):
+            if comm.rank == 0 and not _write(target, tagged, output_format):
+                sentences = iter(())  # nobody reads on, as in `predict ... | head`
         number += len(tagged)
     if target is not sys.stdout:
         target.close()

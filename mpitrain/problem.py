@@ -108,7 +108,7 @@ def prepare_files(comm: Comm, config: Config, files: Sequence[str], console: Con
 
 
 def find_data(
-    comm: Comm, config: Config, trained: dict[str, Any], problem: Problem, console: Console
+    comm: Comm, config: Config, trained: dict[str, str], problem: Problem, console: Console
 ) -> tuple[Path, DatasetInfo]:
     """Shards to score a trained model on: of `--data` if given, else of what it was trained on (collective).
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,13 +28,13 @@ class Trained:
     """A verified checkpoint.
 
     Attributes:
-        described: its config.json.
+        trained_on: `data` and `shards` of its config.json.
     """
 
     directory: Path
     manifest: Manifest
     problem: Problem
-    described: dict[str, Any]
+    trained_on: dict[str, str]
 
 
 def open_checkpoint(comm: Comm, place: Path, console: Console) -> Trained:
@@ -61,7 +60,8 @@ def open_checkpoint(comm: Comm, place: Path, console: Console) -> Trained:
 def _understand(directory: Path, manifest: Manifest, config: str, tokenizer: str) -> Trained:
     try:
         described = json.loads(config)
-        return Trained(directory, manifest, Problem.from_documents(described["problem"], tokenizer), described)
+        problem = Problem.from_documents(described["problem"], tokenizer)
+        return Trained(directory, manifest, problem, {name: described[name] for name in ("data", "shards")})
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{directory}/config.json: cannot be used: {error!r}") from None
 

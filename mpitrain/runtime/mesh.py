@@ -6,8 +6,8 @@ activations most often sit side by side, mostly on one node. 8 ranks as 4 data x
                      pipe axis (activations and their gradients)
                      stage 0       stage 1
       replica 0        0    <-->     1
-      replica 1        2    <-->     3        data axis: each column is a ring
-      replica 2        4    <-->     5        that averages gradients
+      replica 1        2    <-->     3        data axis: each column
+      replica 2        4    <-->     5        sums its gradients
       replica 3        6    <-->     7
 
 Beyond the first and the last stage the neighbour is MPI.PROC_NULL.
