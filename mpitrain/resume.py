@@ -39,10 +39,10 @@ def resume(run: Run) -> None:
         place, manifest = found
         with together(run.world, "comparing settings"):
             _check_identity(place, manifest.identity, identity_of(run))
-        fill(run.world, place, manifest, run.optimizer.slices())
-        run.optimizer.set_num_updates(manifest.progress.num_updates)
-        run.optimizer.publish()
-        run.exchange.spread()
+        fill(run.world, place, manifest, run.stepper.optimizer.slices())
+        run.stepper.optimizer.set_num_updates(manifest.progress.num_updates)
+        run.stepper.optimizer.publish()
+        run.stepper.exchange.spread()
         run.progress = manifest.progress
         run.stepper.num_updates = run.progress.num_updates
         run.stepper.loss_scale.value = run.progress.loss_scale
@@ -126,7 +126,7 @@ def save_checkpoint(run: Run) -> None:
     save(
         run.world,
         run.directory.checkpoints,
-        run.optimizer.slices(),
+        run.stepper.optimizer.slices(),
         progress=progress,
         mesh={"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": 1},
         identity=identity_of(run),

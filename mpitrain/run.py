@@ -13,7 +13,6 @@ from mpitrain.checkpoint.manifest import Progress
 from mpitrain.checkpoint.save import clear_left_overs
 from mpitrain.comm.buckets import fill_buckets
 from mpitrain.comm.choice import choose_exchange
-from mpitrain.comm.exchange import Exchange
 from mpitrain.config import Config
 from mpitrain.dataset.batches import TrainPlan
 from mpitrain.dataset.loader import Split, open_split
@@ -22,7 +21,6 @@ from mpitrain.files import user_path
 from mpitrain.observe.console import Console
 from mpitrain.observe.record import RunDirectory, new_run_directory
 from mpitrain.optim import ShardedAdamW
-from mpitrain.pipeline.executor import Executor
 from mpitrain.place import DTYPES, Place, build_stage, find_place
 from mpitrain.problem import Problem, find_problem
 from mpitrain.runtime.agree import Comm, attempt_at_root
@@ -45,9 +43,6 @@ class Run:
     plan: TrainPlan
     num_steps: int
     splits: dict[str, Split]
-    executor: Executor
-    exchange: Exchange
-    optimizer: ShardedAdamW
     stepper: Stepper
     stop: StopRequest
     progress: Progress = field(default_factory=Progress)
@@ -86,13 +81,12 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest) -> Ru
     )
     exchange.spread()
     console.say("exchange", why)
-    optimizer = ShardedAdamW(buckets, config.train)
     peak = config.train.learning_rate or LEARNING_RATES["pretrained" if problem.pretrained else "scratch"]
     stepper = Stepper(
         mesh,
         executor,
         exchange,
-        optimizer,
+        ShardedAdamW(buckets, config.train),
         schedule=config.pipeline.schedule,
         options=config.train,
         num_steps=num_steps,
@@ -100,8 +94,7 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest) -> Ru
     )
     say_plan(console, config, plan, num_steps, peak)
     directory = open_run_directory(comm, config, console)
-    parts = (executor, exchange, optimizer, stepper)
-    return Run(config, console, problem, place, directory, plan, num_steps, splits, *parts, stop)
+    return Run(config, console, problem, place, directory, plan, num_steps, splits, stepper, stop)
 
 
 def _open(place: Place, problem: Problem, name: str) -> Split | None:

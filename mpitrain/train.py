@@ -141,7 +141,7 @@ def evaluate_dev(run: Run) -> None:
     """Score the dev split, remember the best, and save it (collective)."""
     progress = run.progress
     began = time.perf_counter()
-    run.scores["dev"] = evaluate(run.executor, run.place, run.problem, run.splits["dev"])
+    run.scores["dev"] = evaluate(run.stepper.executor, run.place, run.problem, run.splits["dev"])
     scores, _ = run.scores["dev"]
     progress.evaluated_step = progress.step
     better = scores["f1_conlleval"] > progress.best_f1
@@ -172,9 +172,9 @@ def take_best_weights(run: Run) -> None:
     except CheckpointError as error:
         run.console.warn(f"{error}; the scores below are those of the last weights")
         return
-    fill(run.world, best, manifest, [piece for piece in run.optimizer.slices() if piece.kind == "weight"])
-    run.optimizer.publish()
-    run.exchange.spread()
+    fill(run.world, best, manifest, [piece for piece in run.stepper.optimizer.slices() if piece.kind == "weight"])
+    run.stepper.optimizer.publish()
+    run.stepper.exchange.spread()
     run.scores.clear()
     run.console.say("best", f"weights of step {run.progress.best_step}, the best on dev")
 
@@ -185,7 +185,7 @@ def report_best(run: Run) -> None:
         take_best_weights(run)
     for name in ("dev", "test"):
         if name in run.splits and name not in run.scores:
-            run.scores[name] = evaluate(run.executor, run.place, run.problem, run.splits[name])
+            run.scores[name] = evaluate(run.stepper.executor, run.place, run.problem, run.splits[name])
     if run.scores:
         name, (report, replicas) = list(run.scores.items())[-1]
         plain = is_plain(run.problem.label_names)
