@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpitrain import __version__, config
-from mpitrain.errors import CheckpointError, ExitCode, MpitrainError, UsageError, on_all_ranks
+from mpitrain.errors import ExitCode, MpitrainError, UsageError, on_all_ranks
 from mpitrain.runtime import launch
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command on all ranks and leave with the documented exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115, it is None where it was closed (`>&-`)
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
     if command not in COMMANDS or {"-h", "--help", "--version"} & set(arguments):
         sys.exit(answer_without_mpi(command, arguments))
@@ -255,10 +257,10 @@ def show(world: Any, console: Console, place: Path) -> None:
 
     with together(world, f"inspecting {place}"):
         if world.rank == 0:
-            content, damaged = describe(place)
+            content, damage = describe(place)
             console.show(content)
-            if damaged:
-                raise CheckpointError(f"damaged or missing: {', '.join(map(str, damaged))}")
+            if damage is not None:
+                raise damage
 
 
 def _needed(checkpoint: Path | None) -> Path:

@@ -15,19 +15,22 @@ from mpitrain.checkpoint.load import find_checkpoint
 from mpitrain.checkpoint.manifest import committed, read_manifest
 from mpitrain.dataset.prepare import is_dataset
 from mpitrain.dataset.shards import open_dataset
-from mpitrain.errors import CheckpointError, UsageError
+from mpitrain.errors import CheckpointError, DataError, MpitrainError, UsageError
 from mpitrain.files import file_hash
 
 
-def describe(place: Path) -> tuple[Any, list[Path]]:
-    """Something that rich can print, and the files of a checkpoint that are not as they were written.
+def describe(place: Path) -> tuple[Any, MpitrainError | None]:
+    """Something that rich can print, and an error that names the files which are not as they were written.
 
     Raises:
         UsageError: the directory is neither of the three.
         MpitrainError: it is damaged.
     """
     if is_dataset(place):
-        return describe_dataset(place), []
+        info = open_dataset(place)
+        entries = [entry for shards in info.splits.values() for entry in shards]
+        damaged = [place / entry.file for entry in entries if not is_whole(place / entry.file, entry.sha256)]
+        return describe_dataset(place), DataError(_names(damaged)) if damaged else None
     try:
         found = find_checkpoint(place)
     except CheckpointError:
@@ -35,7 +38,16 @@ def describe(place: Path) -> tuple[Any, list[Path]]:
     run = found.parent if found != place else None
     others = [f"checkpoints in the run: {', '.join(path.name for path in reversed(committed(run)))}"] if run else []
     content, damaged = describe_checkpoint(found)
-    return Group(*others, content), damaged
+    return Group(*others, content), CheckpointError(_names(damaged)) if damaged else None
+
+
+def _names(damaged: list[Path]) -> str:
+    return f"damaged or missing: {', '.join(map(str, damaged))}"
+
+
+def is_whole(path: Path, sha256: str) -> bool:
+    """Whether a file is there, as a plain file, as it was written."""
+    return path.is_file() and not path.is_symlink() and file_hash(path) == sha256
 
 
 def describe_checkpoint(directory: Path) -> tuple[Group, list[Path]]:
@@ -47,7 +59,7 @@ def describe_checkpoint(directory: Path) -> tuple[Group, list[Path]]:
     damaged = []
     for name, entry in sorted(manifest.files.items()):
         path = directory / name
-        whole = path.is_file() and not path.is_symlink() and file_hash(path) == entry.sha256
+        whole = is_whole(path, entry.sha256)
         damaged += [] if whole else [path]
         state = "whole" if whole else "DAMAGED" if path.exists() else "MISSING"
         files.add_row(name, f"{entry.bytes:,}", f"{len(entry.pieces):,}", f"{entry.sha256[:12]}  {state}")

@@ -25,7 +25,7 @@ def identity_of(run: Run) -> dict[str, Any]:
     return {
         "model": run.problem.card.model_dump(),
         "labels": run.problem.label_names,
-        "data": run.problem.info.fingerprint,
+        "data": run.problem.info.content_hash,
         "batch_size": options.batch_size,
         "micro_batches": options.micro_batches,
         "seed": options.seed,
@@ -78,7 +78,7 @@ def _find_resume(run: Run) -> tuple[Path, Manifest] | None:
         _refuse_foreign_checkpoints(run, place)
         found = (place, verify(run.world, place))
     for line in damaged:
-        run.console.warn(line)
+        run.console.warn(f"{line}; falling back to the checkpoint before it")
     return found
 
 

@@ -23,7 +23,7 @@ from mpitrain.observe.record import RunDirectory, new_run_directory
 from mpitrain.optim import ShardedAdamW
 from mpitrain.place import DTYPES, Place, build_stage, find_place
 from mpitrain.problem import Problem, find_problem
-from mpitrain.runtime.agree import Comm, attempt_at_root
+from mpitrain.runtime.agree import Comm, attempt, share
 from mpitrain.runtime.launch import StopRequest
 from mpitrain.step import Stepper
 
@@ -80,7 +80,8 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest) -> Ru
         reproducible=config.train.reproducible,
     )
     exchange.spread()
-    console.say("exchange", why)
+    if why:
+        console.say("exchange", why)
     peak = config.train.learning_rate or LEARNING_RATES["pretrained" if problem.pretrained else "scratch"]
     stepper = Stepper(
         mesh,
@@ -144,16 +145,18 @@ def say_plan(console: Console, config: Config, plan: TrainPlan, num_steps: int, 
 
 def open_run_directory(comm: Comm, config: Config, console: Console) -> RunDirectory:
     """The directory of this run, made by rank 0 (collective)."""
-    directory = RunDirectory(Path(attempt_at_root(comm, "making the run directory", lambda: _make_directory(config))))
-    console.say("run", str(directory.path))
-    return directory
+    made = attempt(comm, "making the run directory", lambda: _make_directory(config) if comm.rank == 0 else None)
+    path = Path(share(comm, str(made.path) if made else ""))
+    console.say("run", str(path))
+    return made or RunDirectory(path)
 
 
-def _make_directory(config: Config) -> str:
+def _make_directory(config: Config) -> RunDirectory:
     if config.resume not in ("auto", "none"):
         find_checkpoint(Path(config.resume), best=False)  # a slip must not leave an empty directory behind
     with user_path("--out", config.out or Path("runs")):
         path = config.out or new_run_directory(Path("runs"), f"{Path(config.model).stem}-{Path(config.data).stem}")
-        RunDirectory(path).create()
-        clear_left_overs(path / "checkpoints")
-    return str(path)
+        directory = RunDirectory(path)
+        directory.create()
+        clear_left_overs(directory.checkpoints)
+    return directory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
@@ -37,6 +38,7 @@ TRAINING = [
     Wrong(
         "--model bert-mimi", USAGE, "'bert-mimi' is no file or folder, nor a name on the shelf of models; .*bert-mini"
     ),
+    Wrong("--out corpus", USAGE, "--out corpus: holds other things than a run"),
     Wrong("--out tiny.toml/run", USAGE, "--out tiny.toml/run: Not a directory"),
     Wrong("--out broken --resume run", NO_CHECKPOINT, "run: no complete checkpoint"),
 ]
@@ -44,6 +46,7 @@ COMMANDS = [
     Wrong("frobnicate", USAGE, "no command 'frobnicate'; commands are: train, prepare"),
     Wrong("evaluate --checkpoint corpus", NO_CHECKPOINT, "corpus: no complete checkpoint"),
     Wrong("prepare none.conll", BAD_DATA, "none.conll"),
+    Wrong("prepare corpus", BAD_DATA, "found no file corpus; for a folder: prepare --data corpus"),
 ]
 
 
@@ -167,6 +170,7 @@ def test_no_run_starts_over_silently_when_all_its_checkpoints_are_damaged(place,
     (folders[2] / "config.json").write_text("{}")
     done = mpitrain_on_two(place, *flags_of(place), "--train.max_steps", "6", "--out", "ruined")
     message = "all checkpoints are damaged(.|\n)*6/config.json: (.|\n)*4/rank-00000.h5: (.|\n)*2/rank-00000.h5: "
+    message += "(.|\n)*give another --out"
     assert_refused(done, NO_CHECKPOINT, message)
     assert exit_of(copy)["code"] == NO_CHECKPOINT
 
@@ -205,11 +209,29 @@ def test_a_run_is_not_mixed_with_another(place, run, wrong):
     assert (copy / "metrics.jsonl").read_text() == before
 
 
+def test_a_second_job_does_not_write_into_the_directory_of_the_first(place, run):
+    with (run / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a job does that is still alive
+        done = mpitrain_on_two(place, *flags_of(place), "--out", "run")
+    assert_refused(done, USAGE, "--out run: another job writes to it")
+
+
+def test_damaged_lines_of_metrics_do_not_keep_a_run_from_going_on(place, run):
+    copy = shutil.copytree(run, place / "log")
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write("garbage\n{}\n")
+    done = mpitrain_on_two(place, *flags_of(place), "--train.max_steps", "7", "--out", "log")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line["step"] for line in metrics_of(copy)] == [1, 2, 3, 4, 5, 6, 7]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         Wrong("predict --checkpoint run latin.txt", BAD_DATA, r"latin.txt:2: found byte 0xe9, which is not UTF-8"),
         Wrong("predict --checkpoint run corpus/dev.conll --out nowhere/x", USAGE, "nowhere/x"),
+        Wrong("predict --checkpoint run corpus/dev.conll --out /dev/full", USAGE, "/dev/full: No space left"),
+        Wrong("predict --checkpoint run title.txt", BAD_DATA, r"title.txt:2: found 'Anna lives' after .*--format text"),
         Wrong("evaluate --checkpoint run --out tiny.toml/x", USAGE, "tiny.toml/x"),
         Wrong("export --checkpoint run --out corpus", USAGE, "--out corpus: exists already"),
     ],
@@ -217,6 +239,7 @@ def test_a_run_is_not_mixed_with_another(place, run, wrong):
 )
 def test_what_cannot_be_read_or_written_is_refused(place, run, wrong):
     (place / "latin.txt").write_bytes(b"fine\ncaf\xe9\n")
+    (place / "title.txt").write_text("Hello\nAnna lives\n")
     assert_refused(mpitrain_on_two(place, *wrong.arguments.split()), wrong.code, wrong.message)
 
 
@@ -226,6 +249,8 @@ def test_a_damaged_shard_is_refused_before_training(place):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "shards   shards; to train on them: --data shards" in done.stdout
     flip(shards / "train-00000.h5")
+    shown = mpitrain_on_two(place, "inspect", "shards")
+    assert_refused(shown, BAD_DATA, "damaged or missing: shards/train-00000.h5$")
     done = mpitrain_on_two(place, *flags_of(place), "--data", "shards", "--out", "unborn")
     assert_refused(done, BAD_DATA, r"shards/train-00000.h5: damaged: its sha256 is \w+, dataset.json says \w+")
     assert not (place / "unborn").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,11 @@ def test_a_reader_that_goes_away_does_not_end_the_training(trained):
         command(0, "-m", "mpitrain", "--model", "tiny.toml", "--data", "shards", "--out", "unread", *SHORT)
     )
     settings: Any = {"cwd": place, "env": clean_environment(**environment), "timeout": 120}
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line} | head -1"], capture_output=True, **settings)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((place / "unread" / "exit.json").read_text())["code"] == 0
+    for end in ("| head -1", "> /dev/full", ">&-"):
+        done = subprocess.run(["bash", "-c", f"set -o pipefail; {line} {end}"], capture_output=True, **settings)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert json.loads((place / "unread" / "exit.json").read_text())["code"] == 0
+        shutil.rmtree(place / "unread")
 
 
 def conll_of(sentences: list[list[str]]) -> str:

@@ -73,9 +73,10 @@ def newest_usable(comm: Comm, checkpoints: Path, warn: list[str]) -> tuple[Path,
         try:
             return Path(name), verify(comm, Path(name))
         except CheckpointError as error:
-            warn.append(f"{error}; falling back to the checkpoint before it")
+            warn.append(str(error))
     if names:
-        raise on_all_ranks(CheckpointError("all checkpoints are damaged:\n  " + "\n  ".join(warn)))
+        hint = "give another --out to start anew, or --resume DIR to start from another run"
+        raise on_all_ranks(CheckpointError("\n  ".join(["all checkpoints are damaged:", *warn, hint])))
     return None
 
 

@@ -52,12 +52,15 @@ def choose_exchange(
     if algorithm == "native":
         collectives = {"reduce_scatter": native.reduce_scatter, "all_gather": native.all_gather}
         return MessageExchange(data_axis, transport, buckets, dtype, **collectives), "native: MPI's own collectives"
-    why = "ring: messages between all ranks"
+    wire = f" in {str(wire_dtype).removeprefix('torch.')}" if wire_dtype is not None else ""
+    if data_axis.size == 1 and algorithm == "auto" and transport.device.type == "cpu":
+        return MessageExchange(data_axis, transport, buckets, dtype), ""
+    why = f"ring: messages{wire} between all replicas"
     if algorithm != "ring":
         node = Comm(data_axis.Split_type(MPI.COMM_TYPE_SHARED, key=data_axis.rank))
         obstacle = _obstacle_to_sharing(world, node, transport, Layout.of(node.size, buckets, dtype))
         if not obstacle or (algorithm == "node" and obstacle == ALONE):
-            why = "node: gradients and weights in shared memory, rings between nodes"
+            why = f"node: gradients and weights in shared memory, rings{wire} between nodes"
             return NodeExchange(data_axis, node, transport, buckets, dtype, wire_dtype=wire_dtype), why
         node.Free()
         if algorithm == "node":

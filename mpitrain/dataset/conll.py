@@ -151,9 +151,10 @@ def read_input(stream: BinaryIO, format: str = "auto", name: str = "input") -> I
     that is not empty holds a tab or a single word, is a -DOCSTART- or ends in an entity tag, else `text`.
 
     Raises:
-        DataError: a line is not UTF-8 text.
+        DataError: a line is not UTF-8 text, or what began like a list of words goes on like text.
     """
     words: list[str] = []
+    one_column = format == "auto"  # until a line has more
     for number, line in enumerate(_lines_of_stream(stream), 1):
         _check_utf8(Path(name), line, number)
         text = line.decode("utf-8").strip("\r\n")
@@ -164,7 +165,14 @@ def read_input(stream: BinaryIO, format: str = "auto", name: str = "input") -> I
             if found := split_text(bare):
                 yield found
         elif bare and _kind_without_recipe(line) != "-DOCSTART-":
-            words.append(text.split("\t")[0] if "\t" in text else bare.split(" ")[0])
+            columns = text.split("\t") if "\t" in text else bare.split(" ")
+            if one_column and len(columns) > 1 and (words or number > 1) and not LOOKS_TAGGED.search(text):
+                raise DataError(
+                    f"{name}:{number}: found {bare!r} after a line of one word: neither one word a line nor text; "
+                    "say which it is: --format conll (the first word of each line counts) or --format text"
+                )
+            one_column = one_column and len(columns) == 1
+            words.append(columns[0])
         elif words:
             yield words
             words = []

@@ -110,6 +110,8 @@ def _recipe_of_directory(directory: Path) -> Recipe:
             )
         if split:
             files[split] = file
+    if not files and any(directory.glob("*.h5")):
+        raise DataError(f"{directory}: holds shards, but no dataset.json: they are not complete; prepare them again")
     if not files:
         raise DataError(
             f"{directory}: holds no train, dev, valid or test file ending in {', '.join(ENDINGS)}; write a recipe"
@@ -128,7 +130,9 @@ def recipe_of_files(files: Sequence[str]) -> Recipe:
         raise UsageError(f"prepare: {len(files)} files given; it takes up to three: train, dev and test")
     missing = [file for file in files if not Path(file).is_file()]
     if missing:
-        raise DataError(f"prepare: found no file {', '.join(missing)}")
+        folders = [file for file in missing if Path(file).is_dir()]
+        hint = f"; for a folder: prepare --data {folders[0]}" if folders else ""
+        raise DataError(f"prepare: found no file {', '.join(missing)}{hint}")
     return _plain_recipe(
         Path(files[0]).stem, {split: Path(file).resolve() for split, file in zip(SPLITS, files, strict=False)}
     )

@@ -5,6 +5,8 @@ Serial h5py without locks (parallel file systems often refuse them): files are i
 
 from __future__ import annotations
 
+import hashlib
+import json
 import mmap
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -78,6 +80,12 @@ class DatasetInfo(BaseModel):
     source: dict[Split, Source]
     license: str
     citation: str
+
+    @property
+    def content_hash(self) -> str:
+        """sha256 over all shards: the same for the same text, wherever it came from."""
+        shards = sorted((split, [entry.sha256 for entry in entries]) for split, entries in self.splits.items())
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
 def open_dataset(directory: Path) -> DatasetInfo:

@@ -19,11 +19,17 @@ SECONDS_BETWEEN_LINES = 5.0  # where there is no bar
 
 
 class _Patient(RichConsole):
-    """Goes quiet when nobody reads on, as in `... | head`: a training run must not end by that."""
+    """Goes quiet when nobody reads on, as in `... | head`, or a disk is full: a training run must not end by that."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:
+            self.on_broken_pipe()
 
 
 class Console:

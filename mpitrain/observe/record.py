@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
+from mpitrain.errors import UsageError
 from mpitrain.files import replace_file
+
+SECONDS_FOR_A_PREDECESSOR = 10  # a job that was killed may take a moment to be gone
 
 
 class RunDirectory:
@@ -19,12 +24,28 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
 
     def create(self) -> None:
-        """Make the directory and its parents."""
+        """Make the directory and its parents, and keep others from writing into it for as long as this object lives.
+
+        Raises:
+            UsageError: it holds something else than a run, or another job writes to it.
+        """
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.checkpoints.is_dir():
+            raise UsageError(f"--out {self.path}: holds other things than a run; give a new or an empty directory")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / "lock").open("a")
+        for _ in range(SECONDS_FOR_A_PREDECESSOR):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(1)
+            except OSError:
+                return  # a file system without locks: the scheduler has to see to it there
+        raise UsageError(f"--out {self.path}: another job writes to it; wait for its end, stop it, or give another")
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that will be done again, because the run resumes from an earlier checkpoint."""
-        lines = [line for line in self._metric_lines() if json.loads(line)["step"] <= step]
+        lines = [line for line in self._metric_lines() if 0 < _step_of(line) <= step]
         replace_file(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
         (self.path / "exit.json").unlink(missing_ok=True)
 
@@ -45,6 +66,14 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
         return [line for line in lines[:-1] if line]  # what stands behind the last newline was cut by a kill
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of metrics; 0 if it is damaged: a log must not keep a run from going on."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 def new_run_directory(parent: Path, stem: str) -> Path:
