@@ -154,24 +154,23 @@ def read_input(stream: BinaryIO, format: str = "auto", name: str = "input") -> I
         DataError: a line is not UTF-8 text, or what began like a list of words goes on like text.
     """
     words: list[str] = []
-    one_column = format == "auto"  # until a line has more
+    alone = False  # whether `auto` saw a single word
     for number, line in enumerate(_lines_of_stream(stream), 1):
         _check_utf8(Path(name), line, number)
         text = line.decode("utf-8").strip("\r\n")
         bare = text.strip(" \t")
         if format == "auto" and bare:
-            format = "conll" if LOOKS_TAGGED.search(text) or " " not in bare else "text"
+            tagged = LOOKS_TAGGED.search(text)
+            alone = not tagged and " " not in bare
+            format = "conll" if tagged or alone else "text"
         if format == "text":
-            if found := split_text(bare):
-                yield found
+            if sentence := split_text(bare):
+                yield sentence
         elif bare and _kind_without_recipe(line) != "-DOCSTART-":
             columns = text.split("\t") if "\t" in text else bare.split(" ")
-            if one_column and len(columns) > 1 and (words or number > 1) and not LOOKS_TAGGED.search(text):
-                raise DataError(
-                    f"{name}:{number}: found {bare!r} after a line of one word: neither one word a line nor text; "
-                    "say which it is: --format conll (the first word of each line counts) or --format text"
-                )
-            one_column = one_column and len(columns) == 1
+            if alone and len(columns) > 1:
+                found = f"{name}:{number}: found {bare!r}, though the first line is a single word"
+                raise DataError(f"{found}; say what this is: --format text, or conll (first words only)")
             words.append(columns[0])
         elif words:
             yield words
