@@ -231,7 +231,9 @@ def test_damaged_lines_of_metrics_do_not_keep_a_run_from_going_on(place, run):
         Wrong("predict --checkpoint run latin.txt", BAD_DATA, r"latin.txt:2: found byte 0xe9, which is not UTF-8"),
         Wrong("predict --checkpoint run corpus/dev.conll --out nowhere/x", USAGE, "nowhere/x"),
         Wrong("predict --checkpoint run corpus/dev.conll --out /dev/full", USAGE, "/dev/full: No space left"),
-        Wrong("predict --checkpoint run title.txt", BAD_DATA, r"title.txt:2: found 'Anna lives', though .*--format text"),
+        Wrong(
+            "predict --checkpoint run title.txt", BAD_DATA, r"title.txt:2: found 'Anna lives', though .*--format text"
+        ),
         Wrong("evaluate --checkpoint run --out tiny.toml/x", USAGE, "tiny.toml/x"),
         Wrong("export --checkpoint run --out corpus", USAGE, "--out corpus: exists already"),
     ],
