@@ -48,7 +48,7 @@ def test_too_little_shared_memory_on_one_rank_is_known_to_all(comm, monkeypatch)
     assert kind is MessageExchange
     assert "/dev/shm has 70 MiB free, 0 MiB are needed" in why
     with pytest.raises(
-        UsageError, match="--comm.algorithm node: /dev/shm has 70 MiB free.*auto or ring would work"
+        UsageError, match=r"--comm.algorithm node: /dev/shm has 70 MiB free.*auto or ring would work"
     ) as e:
         chosen(comm, algorithm="node")
     assert e.value.agreed
