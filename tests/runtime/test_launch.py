@@ -59,6 +59,7 @@ def test_a_variable_that_is_no_number_says_nothing(monkeypatch):
 @pytest.mark.usefixtures("_signals_as_before")
 @pytest.mark.parametrize("number", launch.STOP_SIGNALS)
 def test_a_stop_signal_is_noted_as_often_as_it_comes(number):
+    signal.signal(number, signal.SIG_DFL)
     stop = launch.StopRequest()
     stop.listen()
     assert not stop
@@ -66,6 +67,15 @@ def test_a_stop_signal_is_noted_as_often_as_it_comes(number):
     os.kill(os.getpid(), number)
     assert stop
     assert stop.signals == [number.name] * 2
+
+
+@pytest.mark.usefixtures("_signals_as_before")
+def test_under_nohup_a_lost_terminal_stays_without_effect():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = launch.StopRequest()
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop
 
 
 def test_without_an_mpi_library_the_message_says_how_to_get_one(monkeypatch):
