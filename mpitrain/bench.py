@@ -191,9 +191,9 @@ def table_of(rows: Sequence[Row]) -> Table:
     """Milliseconds by size, the ratios that matter, and the worst spread: half the distance of the quartiles."""
     names = list(dict.fromkeys(row.contender for row in rows))
     ratios = [(one, other) for one, other in RATIOS if {one, other} <= set(names)]
-    title = f"{rows[0].dtype}: median of the slowest rank's milliseconds"
+    title = f"{rows[0].dtype}: median of the slowest rank's milliseconds, ± the worst spread of the row"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left", header_style="bold")
-    for name in ("KiB", *names, *(f"{one}/{other}" for one, other in ratios), "spread"):
+    for name in ("KiB", *names, *(f"{one}/{other}" for one, other in ratios), "±"):
         table.add_column(name, justify="right", no_wrap=True)
     for size in sorted({row.bytes for row in rows}):
         found = {row.contender: row for row in rows if row.bytes == size}
