@@ -243,12 +243,14 @@ def draw(file: Path, facts: dict[str, Any], rows: Sequence[Row]) -> None:
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     figure = Figure(figsize=(5 * len(dtypes), 4), layout="constrained")
     panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+    color = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(row.contender for row in rows))}
     for dtype, panel in zip(dtypes, panels, strict=True):
         for name in dict.fromkeys(row.contender for row in rows if row.dtype == dtype):
             line = [row for row in rows if (row.dtype, row.contender) == (dtype, name)]
             sizes = [row.bytes / 2**20 for row in line]
-            panel.plot(sizes, [1e3 * row.median for row in line], marker="o", markersize=3, label=name)
-            panel.fill_between(sizes, [1e3 * row.lower for row in line], [1e3 * row.upper for row in line], alpha=0.2)
+            lower, median, upper = np.array([[row.lower, row.median, row.upper] for row in line]).T * 1e3
+            panel.plot(sizes, median, marker="o", markersize=3, color=color[name], label=name)
+            panel.fill_between(sizes, lower, upper, alpha=0.2, color=color[name])
         panel.set(xscale="log", yscale="log", title=dtype, xlabel="MiB on each rank")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("ms, slowest rank")
