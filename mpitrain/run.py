@@ -59,8 +59,8 @@ class Run:
         self.place.mesh.free()
 
 
-def build(comm: Comm, config: Config, console: Console, stop: StopRequest) -> Run:
-    """Everything but the state that a checkpoint may bring (collective)."""
+def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claimed: RunDirectory | None = None) -> Run:
+    """Everything but the state that a checkpoint may bring, in the run directory `claimed` if given (collective)."""
     problem = find_problem(comm, config, console)
     say_problem(console, config, problem)
     place = find_place(comm, config, problem, console)
@@ -94,7 +94,7 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest) -> Ru
         peak_learning_rate=peak,
     )
     say_plan(console, config, plan, num_steps, peak)
-    directory = open_run_directory(comm, config, console)
+    directory = open_run_directory(comm, config, console, claimed)
     return Run(config, console, problem, place, directory, plan, num_steps, splits, stepper, stop)
 
 
@@ -143,20 +143,23 @@ def say_plan(console: Console, config: Config, plan: TrainPlan, num_steps: int, 
     )
 
 
-def open_run_directory(comm: Comm, config: Config, console: Console) -> RunDirectory:
-    """The directory of this run, made by rank 0 (collective)."""
-    made = attempt(comm, "making the run directory", lambda: _make_directory(config) if comm.rank == 0 else None)
+def open_run_directory(comm: Comm, config: Config, console: Console, claimed: RunDirectory | None) -> RunDirectory:
+    """The directory of this run, made by rank 0 unless it is claimed already (collective)."""
+    made = attempt(
+        comm, "making the run directory", lambda: _make_directory(config, claimed) if comm.rank == 0 else None
+    )
     path = Path(share(comm, str(made.path) if made else ""))
     console.say("run", str(path))
     return made or RunDirectory(path)
 
 
-def _make_directory(config: Config) -> RunDirectory:
+def _make_directory(config: Config, claimed: RunDirectory | None) -> RunDirectory:
     if config.resume not in ("auto", "none"):
         find_checkpoint(Path(config.resume), best=False)  # a slip must not leave an empty directory behind
     with user_path("--out", config.out or Path("runs")):
-        path = config.out or new_run_directory(Path("runs"), f"{Path(config.model).stem}-{Path(config.data).stem}")
-        directory = RunDirectory(path)
-        directory.create()
-        clear_left_overs(directory.checkpoints)
-    return directory
+        if claimed is None:
+            path = config.out or new_run_directory(Path("runs"), f"{Path(config.model).stem}-{Path(config.data).stem}")
+            claimed = RunDirectory(path)
+            claimed.create()
+        clear_left_overs(claimed.checkpoints)
+    return claimed

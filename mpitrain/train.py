@@ -33,7 +33,7 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
     directory = forget_last_exit(comm, config.out)
     run: Run | None = None
     try:
-        run = build(comm, config, console, stop)
+        run = build(comm, config, console, stop, directory)
         directory = run.directory
         resume(run)
         stopped = run_steps(run)
@@ -53,15 +53,20 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
 
 
 def forget_last_exit(comm: Comm, out: Path | None) -> RunDirectory | None:
-    """The run directory if it is there already, without the exit code of the last start (collective)."""
+    """The run directory if it is there already, claimed, without the exit code of the last start (collective).
+
+    Claimed before anything is written: what belongs to another job, or is no run, must stay as it is.
+    """
     there = share(comm, out is not None and out.is_dir())
     if not there or out is None:
         return None
+    directory = RunDirectory(out)
     with together(comm, f"opening {out}"):
         if comm.rank == 0:
             with user_path("--out", out):
+                directory.create()
                 (out / "exit.json").unlink(missing_ok=True)
-    return RunDirectory(out)
+    return directory
 
 
 def run_steps(run: Run) -> str:

@@ -94,9 +94,10 @@ def assert_refused(done: Any, code: int, message: str) -> None:
 
 @pytest.mark.parametrize("wrong", TRAINING, ids=lambda wrong: wrong.arguments)
 def test_training_refuses(place, wrong):
-    before = set(place.iterdir())
+    before = {*place.iterdir(), *(place / "corpus").iterdir()}
     assert_refused(mpitrain_on_two(place, *flags_of(place), *wrong.arguments.split()), wrong.code, wrong.message)
-    assert set(place.iterdir()) - before <= {place / "cache"}, "nothing is left behind"
+    left = {*place.iterdir(), *(place / "corpus").iterdir()} - before
+    assert left <= {place / "cache"}, "nothing is left behind"
 
 
 @pytest.mark.parametrize("wrong", COMMANDS, ids=lambda wrong: wrong.arguments)
@@ -210,10 +211,12 @@ def test_a_run_is_not_mixed_with_another(place, run, wrong):
 
 
 def test_a_second_job_does_not_write_into_the_directory_of_the_first(place, run):
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     with (run / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as a job does that is still alive
         done = mpitrain_on_two(place, *flags_of(place), "--out", "run")
     assert_refused(done, USAGE, "--out run: another job writes to it")
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
 def test_damaged_lines_of_metrics_do_not_keep_a_run_from_going_on(place, run):
