@@ -35,7 +35,7 @@ lint: $(VENV)/.installed-dev  ## style, spelling, types, import rules, shell scr
 	$(BIN)/codespell
 	$(BIN)/shellcheck -x .ci/run jobs/*.sh
 
-bench: $(VENV)/.installed-dev  ## our all-reduce beside MPI's own and gloo's, on 2, 4 and 8 ranks, into $(RESULTS)
+bench: $(VENV)/.installed-dev  ## our all-reduce beside MPI's own and gloo's, on 2, 4 and 8 ranks, into tests/benchmarks/results
 	for ranks in 2 4 8; do \
 	  $(BIN)/mpirun -np $$ranks $(BIN)/python -m mpitrain bench allreduce --out $(RESULTS) $(ARGS) || exit; done
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from mpitrain.checkpoint.load import find_checkpoint
 from mpitrain.checkpoint.manifest import committed, read_manifest
 from mpitrain.dataset.prepare import is_dataset
-from mpitrain.dataset.shards import open_dataset
+from mpitrain.dataset.shards import DatasetInfo, open_dataset
 from mpitrain.errors import CheckpointError, DataError, MpitrainError, UsageError
 from mpitrain.files import file_hash
 
@@ -30,7 +30,7 @@ def describe(place: Path) -> tuple[Any, MpitrainError | None]:
         info = open_dataset(place)
         entries = [entry for shards in info.splits.values() for entry in shards]
         damaged = [place / entry.file for entry in entries if not is_whole(place / entry.file, entry.sha256)]
-        return describe_dataset(place), DataError(_names(damaged)) if damaged else None
+        return describe_dataset(info), DataError(_names(damaged)) if damaged else None
     try:
         found = find_checkpoint(place)
     except CheckpointError:
@@ -81,13 +81,8 @@ def describe_checkpoint(directory: Path) -> tuple[Group, list[Path]]:
     return Group(*map(escape, head), files, tensors), damaged
 
 
-def describe_dataset(directory: Path) -> Group:
-    """What is in a dataset, for a terminal.
-
-    Raises:
-        DataError: the directory holds no dataset.
-    """
-    info = open_dataset(directory)
+def describe_dataset(info: DatasetInfo) -> Group:
+    """What is in a dataset, for a terminal."""
     counts = Table("split", "sentences", "words", "pieces", "sequences", "shards", "longest", title=escape(info.name))
     labels = Table("label", *info.summary)
     for split, summary in info.summary.items():

@@ -192,11 +192,10 @@ class NodeExchange(Exchange):
     def _wait_for(self, flag: int, transport: Transport) -> None:
         """Return once every rank of the node has come as far as this one."""
         wanted = self._flags[flag, self._node.rank]
-        transport.wait_until(lambda: self._progress() and bool((self._flags[flag] >= wanted).all()))
+        transport.wait_until(lambda: self._have_come(flag, wanted))
         self._window.Sync()
 
-    def _progress(self) -> bool:
-        """Let MPI go on with what this rank has sent to other nodes: without a call it need not, and they may wait."""
+    def _have_come(self, flag: int, wanted: int) -> bool:
         if self._partners.size > 1:
-            self._partners.Iprobe()
-        return True
+            self._partners.Iprobe()  # MPI need not go on with what was sent to other nodes unless it is called
+        return bool((self._flags[flag] >= wanted).all())

@@ -18,7 +18,7 @@ from mpitrain.observe.terminal import terminal_width
 SECONDS_BETWEEN_LINES = 5.0  # where there is no bar
 
 
-class _Patient(RichConsole):
+class _Unbreakable(RichConsole):
     """Goes quiet when nobody reads on, as in `... | head`, or a disk is full: a training run must not end by that."""
 
     def on_broken_pipe(self) -> None:
@@ -39,7 +39,7 @@ class Console:
         """Speak only if `loud`, that is on rank 0; on standard error where standard output carries results."""
         self.loud = loud
         width = terminal_width() if loud and not to_stderr else None
-        self._rich = _Patient(
+        self._rich = _Unbreakable(
             stderr=to_stderr, quiet=not loud, highlight=False, soft_wrap=True, width=width, force_terminal=bool(width)
         )
         self._progress: Progress | None = None
