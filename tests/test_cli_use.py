@@ -21,6 +21,7 @@ MESHES = {"one rank": (1,), "two ranks": (2,), "three ranks": (3,), "two stages"
 # one that no piece fits, and texts of special tokens.
 WEIRD = ["Maria", "", "\u200e", "New\u00a0York", "\ufffd", "-" * 600, "\u4e09" * 3, "[SEP]", "\u2028", "#", "."]
 LONG = [f"word{number}" for number in range(2000)]
+FLAGS = ("--model", "tiny.toml", "--data", "corpus", "--tokenizer.vocab_size", "300")
 SHORT = ("--train.max_steps", "4", "--train.threads", "1")
 PLAIN = ["Dr. Jordan (of Paris) left.", "Hello", "", "  two   blanks  "]
 
@@ -63,8 +64,7 @@ def test_scores_are_those_of_the_run_on_any_mesh(trained, mesh):
 
 def test_scores_of_a_run_on_shards_given_by_a_relative_path_are_found_from_anywhere(trained, tmp_path):
     place, environment = trained
-    flags = ["--model", "tiny.toml", "--data", "corpus", "--tokenizer.vocab_size", "300"]
-    for arguments in (["prepare", *flags, "--out", "shards"], [*flags[:3], "shards", "--out", "on-shards", *SHORT]):
+    for arguments in (["prepare", *FLAGS, "--out", "shards"], [*FLAGS[:3], "shards", "--out", "on-shards", *SHORT]):
         done = mpitrain(1, *arguments, cwd=place, **environment)
         assert done.returncode == 0, done.stdout + done.stderr
     done = mpitrain(1, "evaluate", "--checkpoint", str(place / "on-shards"), "--out", "scores", cwd=tmp_path)
@@ -74,9 +74,7 @@ def test_scores_of_a_run_on_shards_given_by_a_relative_path_are_found_from_anywh
 
 def test_a_reader_that_goes_away_does_not_end_the_training(trained):
     place, environment = trained
-    line = shlex.join(
-        command(0, "-m", "mpitrain", "--model", "tiny.toml", "--data", "shards", "--out", "unread", *SHORT)
-    )
+    line = shlex.join(command(0, "-m", "mpitrain", *FLAGS, "--out", "unread", *SHORT))
     settings: Any = {"cwd": place, "env": clean_environment(**environment), "timeout": 120}
     for end in ("| head -1", "> /dev/full", ">&-"):
         done = subprocess.run(["bash", "-c", f"set -o pipefail; {line} {end}"], capture_output=True, **settings)
