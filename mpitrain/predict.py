@@ -101,7 +101,8 @@ def share_encoded(comm: Comm, problem: Problem, sentences: list[list[str]]) -> M
         if comm.rank == 0:
             cut = encode_sentences(problem.tokenizer, sentences, problem.card.max_position_embeddings)
             arrays = [cut.tokens, cut.word_starts, np.diff(cut.offsets), cut.words, cut.sentences]
-    return MemorySplit(*(share_array(comm, array) for array in arrays))
+    tokens, word_starts, *rest = (share_array(comm, array) for array in arrays)
+    return MemorySplit({"tokens": tokens, "word_starts": word_starts}, *rest)
 
 
 def _in_input_order(label_names: Sequence[str], sentences: list[list[str]], parts: Iterable[Any]) -> list[Tagged]:

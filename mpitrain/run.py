@@ -66,9 +66,20 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claim
     place = find_place(comm, config, problem, console)
     splits = {name: split for name in ("train", "dev", "test") if (split := _open(place, problem, name)) is not None}
     plan, num_steps = make_plan(config, problem, splits)
+    peak = config.train.learning_rate or LEARNING_RATES["pretrained" if problem.pretrained else "scratch"]
+    stepper = build_stepper(config, problem, place, console, num_steps=num_steps, peak=peak)
+    say_plan(console, config, plan, num_steps, peak)
+    directory = open_run_directory(comm, config, console, claimed)
+    return Run(config, console, problem, place, directory, plan, num_steps, splits, stepper, stop)
+
+
+def build_stepper(
+    config: Config, problem: Problem, place: Place, console: Console, *, num_steps: int, peak: float
+) -> Stepper:
+    """This rank's stage with its first weights, and all that trains it (collective); says how gradients travel."""
     stage, executor = build_stage(config, problem, place)
     mesh, transport = place.mesh, place.transport
-    buckets = fill_buckets(stage, int(config.comm.bucket_mib * 2**20))
+    buckets = fill_buckets(stage, int(config.comm.bucket_mib * 2**20), stage.tables)
     exchange, why = choose_exchange(
         mesh.world,
         mesh.data_axis,
@@ -82,8 +93,7 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claim
     exchange.spread()
     if why:
         console.say("exchange", why)
-    peak = config.train.learning_rate or LEARNING_RATES["pretrained" if problem.pretrained else "scratch"]
-    stepper = Stepper(
+    return Stepper(
         mesh,
         executor,
         exchange,
@@ -93,9 +103,6 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claim
         num_steps=num_steps,
         peak_learning_rate=peak,
     )
-    say_plan(console, config, plan, num_steps, peak)
-    directory = open_run_directory(comm, config, console, claimed)
-    return Run(config, console, problem, place, directory, plan, num_steps, splits, stepper, stop)
 
 
 def _open(place: Place, problem: Problem, name: str) -> Split | None:

@@ -44,11 +44,8 @@ def labelled_split(num_sequences: int, windows: int = 1) -> MemorySplit:
     starts = np.cumsum(index.lengths) - index.lengths
     labels = split._fields["tokens"] % NUM_LABELS
     labels[starts] = -100
-    whole = MemorySplit(
-        split._fields["tokens"], labels >= 0, index.lengths, index.lengths - 1, np.arange(num_sequences) // windows
-    )
-    whole._fields["labels"] = labels
-    return whole
+    fields = {"tokens": split._fields["tokens"], "word_starts": labels >= 0, "labels": labels}
+    return MemorySplit(fields, index.lengths, index.lengths - 1, np.arange(num_sequences) // windows)
 
 
 def place_on(comm: Any, data: int, pipe: int) -> tuple[Place, Executor]:

@@ -1,14 +1,18 @@
 """Weights and gradients of a stage in flat buckets, so that they travel in few large messages.
 
 Buckets hold whole parameters, last layers first: in backward order they fill one after the other, and the first
-can travel while the next is computed. Once attached, `parameter.data` and `parameter.grad` are views of flat memory,
-which an exchange has chosen: nothing is copied. Gradients are fp32 whatever the weights are, so that micro-batches are
-summed in fp32. Each rank owns one part of every bucket: it holds the sum of that part's gradients, and its masters.
+can travel while the next is computed. Once attached, `parameter.data` is a view of flat memory, which an exchange has
+chosen, and gradients are taken from `parameter.grad` into such memory as they appear: the first micro-batch's are
+copied, the others' added, so that nothing is set to zero beforehand. They are fp32 whatever the weights are. Each rank
+owns one part of every bucket: it holds the sum of that part's gradients, and its masters.
+
+An embedding table is a bucket of its own. Its gradient is the few rows that were looked up: the rest of the memory is
+zero, stays so, and need not travel, as long as rows consist of whole blocks of `split.UNIT` elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +68,8 @@ class Bucket:
         size: number of elements, gaps included, which are zero.
         weights, gradients: [size], of the compute dtype and fp32, once attached.
         owned: bounds of this rank's own part.
-        reduced: fp32 [stop - start of `owned`], where that part's sum over replicas appears.
+        reduced: fp32 [stop - start of `owned`] of `gradients`, where that part's sum over replicas appears.
+        num_rows: of a table whose gradients are rows, else 0.
         pieces: the parameters' parts inside the own part.
     """
 
@@ -73,14 +78,19 @@ class Bucket:
     reduced: torch.Tensor
     owned: tuple[int, int]
 
-    def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
-        """Count; memory is for `attach`."""
+    def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], *, by_rows: bool = False) -> None:
+        """Count; memory is for `attach`. A single table may be treated `by_rows`."""
         self.members: list[Member] = []
         self.pieces: list[Piece] = []
         self.size = 0
+        self._missing: set[int] = set()
+        self._rows: list[torch.Tensor] = []  # touched in this step, by micro-batch
+        self._spoilt: list[torch.Tensor] | None = []  # blocks that are not zero any more; None: all
         for name, parameter in named_parameters:
             self.members.append(Member(name, parameter, self.size, self.size + parameter.numel()))
             self.size += -(-parameter.numel() // UNIT) * UNIT
+        shape = self.members[0].parameter.shape if by_rows else ()
+        self.num_rows = shape[0] if shape and shape[1] % UNIT == 0 else 0
 
     def attach(
         self, weights: torch.Tensor, gradients: torch.Tensor, owned: tuple[int, int], reduced: torch.Tensor
@@ -92,8 +102,67 @@ class Bucket:
             parameter, extent = member.parameter, slice(member.start, member.stop)
             parameter.grad = None
             parameter.data = weights[extent].view(parameter.shape)
-            parameter.grad_dtype = torch.float32
-            parameter.grad = gradients[extent].view(parameter.shape)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the gradients."""
+        self._missing = set(range(len(self.members)))
+        if self._spoilt is None:
+            self.gradients.zero_()
+        elif self._rows or self._spoilt:
+            blocks = [self.blocks_of(rows) for rows in self._rows]
+            self.gradients.view(-1, UNIT).index_fill_(0, torch.cat([*blocks, *self._spoilt]), 0.0)
+        self._rows, self._spoilt = [], []
+
+    def take(self, index: int) -> None:
+        """Move the gradient that backward has left at a member to the bucket's memory, or add it to what is there."""
+        member = self.members[index]
+        found, member.parameter.grad = member.parameter.grad, None
+        assert found is not None
+        held = self.gradients[member.start : member.stop].view(found.shape)
+        first = index in self._missing
+        self._missing.discard(index)
+        if found.is_sparse:
+            self._take_rows(held, found, first)
+        elif first:
+            held.copy_(found)
+        else:
+            held.add_(found)
+
+    def _take_rows(self, held: torch.Tensor, found: torch.Tensor, first: bool) -> None:
+        rows, inverse = torch.unique(found._indices()[0], return_inverse=True)
+        # Rows that occur twice are summed first, in their order: an index_add_ of equal numbers has none on a GPU.
+        values = torch.ops.aten.embedding_dense_backward(found._values().float(), inverse, len(rows), -1, False)
+        if self.num_rows:
+            self._rows.append(rows)
+        elif first:
+            held.zero_()
+        held.index_add_(0, rows, values)
+
+    def touched_rows(self) -> torch.Tensor:
+        """int64, ascending numbers of the rows that this rank has gradients of."""
+        return torch.unique(torch.cat(self._rows)) if self._rows else torch.empty(0, dtype=torch.int64)
+
+    def blocks_of(self, rows: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Numbers of the blocks of UNIT elements that are these rows, inside [start, stop) and counted from there."""
+        per_row = self.members[0].parameter.shape[1] // UNIT
+        blocks = (rows[:, None] * per_row + torch.arange(per_row, device=rows.device)).view(-1)
+        bounds = torch.tensor([start, self.size if stop is None else stop], device=rows.device) // UNIT
+        first, last = torch.searchsorted(blocks, bounds).tolist()
+        return blocks[first:last] - start // UNIT
+
+    def spoil(self, blocks: torch.Tensor | None) -> None:
+        """Blocks of `gradients` (None: all) hold something of others, to be set to zero when the next step begins."""
+        if blocks is None:
+            self._spoilt = None
+        elif self._spoilt is not None:
+            self._spoilt.append(blocks)
+
+    def complete(self) -> None:
+        """Members that have got no gradient have the gradient 0."""
+        for index in self._missing if not self.num_rows else ():
+            self.gradients[self.members[index].start : self.members[index].stop].zero_()
+        self._missing = set()
 
     def _own(self, member: Member) -> None:
         start, stop = max(self.owned[0], member.start), min(self.owned[1], member.stop)
@@ -112,21 +181,28 @@ class Bucket:
     def detach(self) -> None:
         """Let go of the memory, which may be gone from now on: the parameters are empty after this."""
         for member in self.members:
-            member.parameter.grad = None
             member.parameter.data = torch.empty(0, dtype=self.weights.dtype, device=self.weights.device)
         self.pieces = []
         del self.weights, self.gradients, self.reduced
 
 
-def fill_buckets(module: torch.nn.Module, bucket_bytes: int) -> list[Bucket]:
-    """All parameters of a module in buckets of about `bucket_bytes` of fp32 gradients, in backward order."""
+def fill_buckets(module: torch.nn.Module, bucket_bytes: int, tables: Collection[str] = ()) -> list[Bucket]:
+    """All parameters of a module in buckets of about `bucket_bytes` of fp32 gradients, in backward order.
+
+    Args:
+        module: whose named parameters are meant.
+        bucket_bytes: a bucket ends before it would be larger, unless one parameter alone is.
+        tables: names of parameters that get sparse gradients; each is a bucket of its own, the last ones.
+    """
     buckets: list[Bucket] = []
     waiting: list[tuple[str, torch.nn.Parameter]] = []
     size = 0
-    for name, parameter in reversed(list(module.named_parameters())):
+    named = dict(module.named_parameters())
+    for name, parameter in reversed([pair for pair in named.items() if pair[0] not in tables]):
         if waiting and size + 4 * parameter.numel() > bucket_bytes:
             buckets.append(Bucket(waiting))
             waiting, size = [], 0
         waiting.append((name, parameter))
         size += 4 * parameter.numel()
-    return [*buckets, Bucket(waiting)] if waiting else buckets
+    buckets += [Bucket(waiting)] if waiting else []
+    return buckets + [Bucket([(name, named[name])], by_rows=True) for name in tables]

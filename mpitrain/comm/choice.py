@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from mpi4py import MPI
 
-from mpitrain.comm import native, ring, tree
+from mpitrain.comm import native, ring, rows, tree
 from mpitrain.comm.buckets import Bucket
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.exchange import Exchange, MessageExchange
-from mpitrain.comm.node import Layout, NodeExchange
+from mpitrain.comm.node import NodeExchange
+from mpitrain.comm.window import Layout
 from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.runtime.agree import Comm, collect
 
@@ -50,11 +51,14 @@ def choose_exchange(
         exchange = MessageExchange(data_axis, transport, buckets, dtype, reduce_scatter=tree.reduce_scatter)
         return exchange, "tree: the same sums, bit for bit, on any mesh of powers of two"
     if algorithm == "native":
-        collectives = {"reduce_scatter": native.reduce_scatter, "all_gather": native.all_gather}
-        return MessageExchange(data_axis, transport, buckets, dtype, **collectives), "native: MPI's own collectives"
+        exchange = MessageExchange(
+            data_axis, transport, buckets, dtype, reduce_scatter=native.reduce_scatter, all_gather=native.all_gather
+        )
+        return exchange, "native: MPI's own collectives"
     wire = f" in {str(wire_dtype).removeprefix('torch.')}" if wire_dtype is not None else ""
+    reduce_rows = partial(rows.reduce_scatter, wire_dtype=wire_dtype)
     if data_axis.size == 1 and algorithm == "auto" and transport.device.type == "cpu":
-        return MessageExchange(data_axis, transport, buckets, dtype), ""
+        return MessageExchange(data_axis, transport, buckets, dtype, reduce_rows=reduce_rows), ""
     why = f"ring: messages{wire} between all replicas"
     if algorithm != "ring":
         node = Comm(data_axis.Split_type(MPI.COMM_TYPE_SHARED, key=data_axis.rank))
@@ -67,7 +71,10 @@ def choose_exchange(
             raise on_all_ranks(UsageError(f"--comm.algorithm node: {obstacle}; auto or ring would work"))
         why += f" ({obstacle})"
     reduce_scatter = partial(ring.reduce_scatter, wire_dtype=wire_dtype)
-    return MessageExchange(data_axis, transport, buckets, dtype, reduce_scatter=reduce_scatter), why
+    exchange = MessageExchange(
+        data_axis, transport, buckets, dtype, reduce_scatter=reduce_scatter, reduce_rows=reduce_rows
+    )
+    return exchange, why
 
 
 def _obstacle_to_sharing(world: Comm, node: Comm, transport: Transport, layout: Layout) -> str:

@@ -15,14 +15,15 @@ from mpitrain.runtime.agree import Comm
 from mpitrain.split import aligned_part
 
 Collective = Callable[[Comm, torch.Tensor, Transport], None]
+RowCollective = Callable[[Comm, torch.Tensor, torch.Tensor, Transport], torch.Tensor | None]
 
 
 class Exchange(ABC):
     """The memory of the buckets of a data group; every rank of it makes the same calls in the same order.
 
-    In a step: `begin`, then gradients are added up in `bucket.gradients`, then `reduce` for every bucket; then a vote
-    of all ranks, after which owners write their part of the weights; then `spread`. Nobody may write weights, or begin
-    anew, before that vote: in shared memory others still compute with the one and sum up the other.
+    In a step gradients are added up in `bucket.gradients`, then `reduce` is called for every bucket; then a vote of all
+    ranks, after which owners write their part of the weights; then `spread`. Nobody may write weights, or gradients of
+    the next step, before that vote: in shared memory others still compute with the one and sum up the other.
 
     The buckets have their memory once the exchange is made, and whole weights after its first `spread`.
     """
@@ -33,11 +34,6 @@ class Exchange(ABC):
         self.transport = transport
         # Reductions run in a thread which shares cores with the backward pass: it must never spin.
         self.patient = replace(transport, patient=True)
-
-    def begin(self) -> None:
-        """Set this rank's gradients to zero."""
-        for bucket in self.buckets:
-            bucket.gradients.zero_()
 
     @abstractmethod
     def reduce(self, number: int) -> None:
@@ -65,6 +61,7 @@ class MessageExchange(Exchange):
         *,
         reduce_scatter: Collective = ring.reduce_scatter,
         all_gather: Collective = ring.all_gather,
+        reduce_rows: RowCollective | None = None,
     ) -> None:
         """Give the buckets private memory; rank i owns chunk i, where a reduce-scatter leaves its sum (collective).
 
@@ -75,11 +72,13 @@ class MessageExchange(Exchange):
             dtype: of the weights.
             reduce_scatter: in place on flat tensors, cut as `split.aligned_part` does.
             all_gather: likewise.
+            reduce_rows: as `rows.reduce_scatter`; None has tables of embeddings treated like anything else.
         """
         super().__init__(transport, buckets)
         self._comm = Comm(data_axis.Dup())
-        self._reduce_scatter, self._all_gather = reduce_scatter, all_gather
+        self._reduce_scatter, self._all_gather, self._reduce_rows = reduce_scatter, all_gather, reduce_rows
         for bucket in buckets:
+            bucket.num_rows = bucket.num_rows if reduce_rows is not None else 0
             weights = torch.zeros(bucket.size, dtype=dtype, device=transport.device)
             gradients = torch.zeros(bucket.size, device=transport.device)
             owned = aligned_part(self._comm.rank, bucket.size, self._comm.size)
@@ -87,7 +86,13 @@ class MessageExchange(Exchange):
 
     def reduce(self, number: int) -> None:
         """Reduce-scatter in place."""
-        self._reduce_scatter(self._comm, self.buckets[number].gradients, self.patient)
+        bucket = self.buckets[number]
+        if not bucket.num_rows or self._reduce_rows is None:
+            self._reduce_scatter(self._comm, bucket.gradients, self.patient)
+            return
+        touched = bucket.blocks_of(bucket.touched_rows().to(self.transport.device))
+        arrived = self._reduce_rows(self._comm, bucket.gradients, touched, self.patient)
+        bucket.spoil(arrived)
 
     def spread(self) -> None:
         """All-gather in place."""

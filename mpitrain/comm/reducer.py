@@ -1,9 +1,10 @@
 """Gradients summed over the data axis, bucket by bucket, while backward still runs.
 
-Autograd hooks count the gradients of the last micro-batch; a full bucket is handed to a thread, which reduces it by
-an exchange that has a communicator of its own, so that its messages never meet the pipeline's. A ring needs additions
-between its messages, hence a thread rather than non-blocking calls alone. Every rank hands buckets over in the same
-order, whatever the order of its hooks, and a replica without micro-batches joins in with zeros.
+Autograd hooks take every gradient into its bucket and count those of the last micro-batch; a full bucket is handed to
+a thread, which reduces it by an exchange that has a communicator of its own, so that its messages never meet the
+pipeline's. A ring needs additions between its messages, hence a thread rather than non-blocking calls alone. Every rank
+hands buckets over in the same order, whatever the order of its hooks, and a replica without micro-batches joins in with
+zeros.
 
 Where sums have to be reproducible, micro-batches are added up by a tree, and travel after the last one.
 """
@@ -33,15 +34,15 @@ class GradientReducer:
         self._todo: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         for number, bucket in enumerate(exchange.buckets):
-            for member in bucket.members:
-                hook = partial(self._arrived, number)
+            for index, member in enumerate(bucket.members):
+                hook = partial(self._arrived, number, index)
                 member.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._thread = threading.Thread(target=self._work, name="gradient-reducer", daemon=True)
         self._thread.start()
 
     def start_step(self) -> None:
         """Forget the last step's gradients."""
-        self._exchange.begin()
+        self._begin()
         self._missing = [len(bucket.members) for bucket in self._exchange.buckets]
         self._num_released = 0
         self._armed = False
@@ -53,14 +54,16 @@ class GradientReducer:
     def end_micro_batch(self) -> None:
         """The gradients of a micro-batch are complete."""
         if self._tree is not None:
-            self._tree.add([bucket.gradients for bucket in self._exchange.buckets])
             for bucket in self._exchange.buckets:
-                bucket.gradients.zero_()
+                bucket.complete()
+            self._tree.add([bucket.gradients for bucket in self._exchange.buckets])
+            self._begin()
 
     def finish(self) -> None:
         """Return once this rank's part of every bucket holds the sum over replicas."""
         if self._tree is not None:
             for bucket, total in zip(self._exchange.buckets, self._tree.take() or [], strict=False):
+                bucket.complete()
                 bucket.gradients.copy_(total)
         self._release(len(self._exchange.buckets))
         for _ in self._exchange.buckets:
@@ -73,7 +76,12 @@ class GradientReducer:
         self._todo.put(None)
         self._thread.join()
 
-    def _arrived(self, number: int, _: torch.Tensor) -> None:
+    def _begin(self) -> None:
+        for bucket in self._exchange.buckets:
+            bucket.begin()
+
+    def _arrived(self, number: int, index: int, _: torch.Tensor) -> None:
+        self._exchange.buckets[number].take(index)
         if not self._armed:
             return
         self._missing[number] -= 1
@@ -84,6 +92,7 @@ class GradientReducer:
 
     def _release(self, stop: int) -> None:
         for number in range(self._num_released, stop):
+            self._exchange.buckets[number].complete()
             self._todo.put(number)
         self._num_released = max(self._num_released, stop)
 

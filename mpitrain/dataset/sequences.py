@@ -37,14 +37,12 @@ class Sequences(Protocol):
 
 
 class MemorySplit:
-    """Sequences that are at hand: text to be tagged."""
+    """Sequences that are at hand, such as text to be tagged."""
 
-    def __init__(
-        self, tokens: NDArray[Any], word_starts: NDArray[Any], lengths: Indices, words: Indices, sentences: Indices
-    ) -> None:
-        """Flat `tokens` and `word_starts` [num_tokens]; the rest per sequence."""
+    def __init__(self, fields: dict[str, NDArray[Any]], lengths: Indices, words: Indices, sentences: Indices) -> None:
+        """Each of `fields` [num_tokens], by name; the rest per sequence."""
         self.index = SplitIndex(lengths.astype(np.int64), words.astype(np.int64), sentences.astype(np.int64))
-        self._fields = {"tokens": tokens, "word_starts": word_starts}
+        self._fields = fields
         self._offsets = np.concatenate([[0], np.cumsum(self.index.lengths)])
 
     def read(self, field: str, sequences: Indices) -> NDArray[np.int64]:

@@ -76,7 +76,7 @@ class Embeddings(nn.Module):
                 f"a sequence has {layout.longest} tokens, but the model's max_position_embeddings is "
                 f"{self.card.max_position_embeddings}; prepare the data with a max_length of at most that"
             )
-        hidden = F.embedding(tokens, self.word_embeddings.weight)
+        hidden = F.embedding(tokens, self.word_embeddings.weight, sparse=True)
         # One sentence per sequence: every token is of type 0.
         hidden = hidden + F.embedding(layout.position_ids, self.position_embeddings.weight)
         hidden = hidden + self.token_type_embeddings.weight[0]
@@ -197,6 +197,11 @@ class BertStage(nn.Module):
         probability = self.card.hidden_dropout_prob if chance is None else chance
         hidden = _drop(hidden, dropout, probability, (num_blocks(self.card) - 1) * SITES_PER_BLOCK)
         return self.classifier.linear(hidden)
+
+    @property
+    def tables(self) -> list[str]:
+        """Names of the parameters whose gradients are sparse, [num_rows, size]: only rows that were looked up."""
+        return ["bert.embeddings.word_embeddings.weight"] if self.has_embeddings else []
 
     @property
     def blocks(self) -> list[nn.Module]:

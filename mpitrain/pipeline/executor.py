@@ -90,7 +90,7 @@ class Executor:
         before_last_backward: Callable[[], None],
         after_backward: Callable[[], None],
     ) -> float:
-        """Forward and backward of all micro-batches; gradients are added to `parameter.grad`.
+        """Forward and backward of all micro-batches; gradients appear in `parameter.grad`.
 
         Returns:
             This stage's share of the batch's loss: non-zero on the last stage only.

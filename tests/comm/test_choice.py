@@ -10,7 +10,8 @@ from mpitrain.comm.buckets import fill_buckets
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.choice import choose_exchange
 from mpitrain.comm.exchange import MessageExchange
-from mpitrain.comm.node import Layout, NodeExchange
+from mpitrain.comm.node import NodeExchange
+from mpitrain.comm.window import Layout
 from mpitrain.errors import UsageError
 
 pytestmark = pytest.mark.mpi(min_size=1)
@@ -56,9 +57,9 @@ def test_too_little_shared_memory_on_one_rank_is_known_to_all(comm, monkeypatch)
 
 @pytest.mark.mpi(min_size=2)
 def test_buckets_fill_the_window_without_overlap(comm):
-    layout = Layout(comm.size, 1000, 2)
+    layout = Layout(comm.size, (900, 100), (10, 0), 2)
     segments = [layout.segment(rank) for rank in range(comm.size)]
     assert [start for start, _ in segments] == [0, *(stop for _, stop in segments[:-1])]
     assert layout.weights >= 2 * 64 * comm.size and layout.gradients >= layout.weights + 2000
-    assert all(stop - start >= 4000 for start, stop in segments)
+    assert all(stop - start >= 4000 + 4 * 12 for start, stop in segments)
     assert all(bound % 4096 == 0 for segment in segments for bound in segment)

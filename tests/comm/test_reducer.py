@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
 
 import pytest
 import torch
+from reducing import reducing
 
 from mpitrain.comm.buckets import Bucket, fill_buckets
-from mpitrain.comm.buffers import Transport
-from mpitrain.comm.choice import choose_exchange
-from mpitrain.comm.node import NodeExchange
 from mpitrain.comm.reducer import GradientReducer
 from mpitrain.runtime.agree import collect
 
@@ -20,30 +17,9 @@ ALGORITHMS = ["ring", "node", "hosts of two", "one and the rest"]
 WAYS = [("native", None), *((algorithm, wire) for algorithm in ALGORITHMS for wire in (None, torch.bfloat16))]
 
 
-# Which host a rank would be on: nodes of equal and of different sizes, as far as the ranks go.
-HOSTS = {"hosts of two": lambda rank: rank // 2, "one and the rest": lambda rank: min(rank, 1)}
-
-
 def model_of(rank: int) -> torch.nn.Sequential:
     torch.manual_seed(rank)
     return torch.nn.Sequential(*(torch.nn.Linear(7, 7) for _ in range(4)))
-
-
-@contextmanager
-def reducing(comm, buckets, algorithm="ring", wire_dtype=None, dtype=torch.float32):
-    """A reducer and its exchange, closed at the end."""
-    if algorithm in HOSTS:
-        node = comm.Split(HOSTS[algorithm](comm.rank))
-        exchange = NodeExchange(comm, node, Transport(), buckets, dtype, wire_dtype=wire_dtype)
-    else:
-        exchange, _ = choose_exchange(
-            comm, comm, Transport(), buckets, dtype, algorithm=algorithm, wire_dtype=wire_dtype
-        )
-    exchange.spread()
-    reducer = GradientReducer(exchange)
-    yield reducer, exchange
-    reducer.close()
-    exchange.close()
 
 
 def backward_twice(module: torch.nn.Module, rank: int, reducer: GradientReducer) -> None:

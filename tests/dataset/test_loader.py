@@ -97,5 +97,5 @@ def test_all_ranks_read_every_sequence_of_every_shard(comm, tmp_path, monkeypatc
 
 
 def test_sequences_in_memory_read_as_those_of_shards_do():
-    split = MemorySplit(np.arange(9), np.ones(9), np.array([4, 2, 3]), np.array([2, 1, 1]), np.array([0, 1, 1]))
+    split = MemorySplit({"tokens": np.arange(9)}, np.array([4, 2, 3]), np.array([2, 1, 1]), np.array([0, 1, 1]))
     assert split.read("tokens", np.array([2, 0])).tolist() == [6, 7, 8, 0, 1, 2, 3]

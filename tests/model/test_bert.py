@@ -63,7 +63,7 @@ def through(stages, tokens, labels, layout, dropout=None):
     loss.backward()
     for output, received in reversed(list(zip(outputs[:-1], inputs[1:-1], strict=True))):
         output.backward(received.grad)
-    gradients = {name: parameter.grad for stage in stages for name, parameter in stage.named_parameters()}
+    gradients = {name: parameter.grad.to_dense() for stage in stages for name, parameter in stage.named_parameters()}
     return outputs[-1].detach(), loss.detach(), gradients
 
 
@@ -87,6 +87,14 @@ def test_logits_loss_and_all_gradients_equal_those_of_transformers(card, lengths
     torch.testing.assert_close(loss, expected.loss.detach(), atol=1e-6, rtol=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_only_the_tables_have_sparse_gradients():
+    for stage in cut(UNCASED, 2):
+        hidden = torch.zeros(sum(UNEVEN), UNCASED.hidden_size, requires_grad=True)
+        tokens, _, layout = batch(UNCASED, UNEVEN)
+        stage(tokens if stage.has_embeddings else hidden, layout).sum().backward()
+        assert [name for name, parameter in stage.named_parameters() if parameter.grad.is_sparse] == stage.tables
 
 
 def test_names_shapes_and_their_order_are_those_of_transformers():

@@ -48,9 +48,8 @@ def small_split(num_sequences: int = 61, seed: int = 1) -> MemorySplit:
     labels[starts] = -100
     labels[starts + 1] = 1
     words = np.add.reduceat(labels >= 0, starts)
-    split = MemorySplit(tokens, labels >= 0, lengths, words, np.arange(num_sequences))
-    split._fields["labels"] = labels
-    return split
+    fields = {"tokens": tokens, "word_starts": labels >= 0, "labels": labels}
+    return MemorySplit(fields, lengths, words, np.arange(num_sequences))
 
 
 def own(buckets: list[Bucket], index: int, count: int, dtype: torch.dtype = torch.float32) -> list[Bucket]:
@@ -94,7 +93,7 @@ def train_small(
     stage = BertStage(card, NUM_LABELS, *split_blocks(block_costs(card, NUM_LABELS, 20.0), pipe)[mesh.stage])
     initialize(stage, card, settings.seed)
     stage.to(device)
-    buckets = fill_buckets(stage, 20_000)
+    buckets = fill_buckets(stage, 20_000, stage.tables)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
     exchange, _ = choose_exchange(
         mesh.world,

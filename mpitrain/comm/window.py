@@ -1,0 +1,144 @@
+"""Memory that the ranks of a node share (an MPI-3 window), laid out for weights and gradients, with flags to wait on.
+
+    | flags | weights, one copy for all | gradients and row numbers of local rank 0 | of local rank 1 | ...
+
+Ranks tell each other how far they are by flags, each in a cache line of its own: a count that only rises, written
+after `Win.Sync`, which orders memory accesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from mpitrain.comm.buckets import Bucket
+from mpitrain.comm.buffers import Transport
+from mpitrain.runtime.agree import Comm
+
+PAGE = 4096
+FLAG_STRIDE = 8  # int64, a cache line
+FILLED, WRITTEN = range(2)  # what flags count: buckets with gradients, rounds of weights
+
+
+def _pages(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE) * PAGE
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things lie in a node's window, in bytes.
+
+    Attributes:
+        num_ranks: of the node.
+        sizes: elements of each bucket.
+        num_rows: of each bucket whose gradient is a few rows of a table, 0 for others.
+        itemsize: of a weight.
+    """
+
+    num_ranks: int
+    sizes: tuple[int, ...]
+    num_rows: tuple[int, ...]
+    itemsize: int
+
+    @classmethod
+    def of(cls, num_ranks: int, buckets: Sequence[Bucket], dtype: torch.dtype) -> Layout:
+        """For these buckets, one after the other."""
+        num_rows = tuple(bucket.num_rows for bucket in buckets)
+        return cls(num_ranks, tuple(bucket.size for bucket in buckets), num_rows, dtype.itemsize)
+
+    @property
+    def weights(self) -> int:
+        """Where the weights begin, behind the flags."""
+        return _pages(2 * self.num_ranks * FLAG_STRIDE * 8)
+
+    @property
+    def gradients(self) -> int:
+        """Where the gradients of local rank 0 begin."""
+        return self.weights + _pages(sum(self.sizes) * self.itemsize)
+
+    @property
+    def lists(self) -> int:
+        """Where, from the beginning of a rank's gradients on, its lists of row numbers begin."""
+        return _pages(4 * sum(self.sizes))
+
+    @property
+    def stride(self) -> int:
+        """From a rank's gradients to the next rank's."""
+        return self.lists + _pages(4 * sum(1 + count for count in self.num_rows))
+
+    def segment(self, rank: int) -> tuple[int, int]:
+        """Bounds of what a rank brings: its gradients, and local rank 0 all that is held once."""
+        return (self.gradients + rank * self.stride) if rank else 0, self.gradients + (rank + 1) * self.stride
+
+
+class Window:
+    """A node's shared memory.
+
+    Attributes:
+        weights: of each bucket, [size] in their dtype, the same memory on all ranks.
+        gradients: of each bucket, fp32 [num_ranks, size].
+        lists: of each bucket, int32 [num_ranks, 1 + num_rows]: how many rows of the table a rank's gradient has, and
+            their numbers.
+    """
+
+    def __init__(self, node: Comm, layout: Layout, dtype: torch.dtype) -> None:
+        """Allocate (collective over `node`); gradients are zero."""
+        self._rank = node.rank
+        start, stop = layout.segment(node.rank)
+        self._window = MPI.Win.Allocate_shared(stop - start, 1, comm=node)
+        self._window.Lock_all()
+        addresses = [self._window.Shared_query(rank)[0].address for rank in range(node.size)]
+        assert [address - addresses[0] for address in addresses] == [layout.segment(r)[0] for r in range(node.size)]
+        memory: Any = MPI.buffer.fromaddress(addresses[0], layout.segment(node.size - 1)[1])
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        self.weights = list(
+            torch.split(whole[layout.weights : layout.gradients].view(dtype)[: sum(layout.sizes)], list(layout.sizes))
+        )
+        ranks = whole[layout.gradients :].view(node.size, layout.stride)
+        self.gradients = list(
+            torch.split(ranks[:, : 4 * sum(layout.sizes)].view(torch.float32), list(layout.sizes), dim=1)
+        )
+        ranks[node.rank].zero_()  # by its owner, so that the pages lie in this rank's memory domain
+        list_sizes = [1 + count for count in layout.num_rows]
+        lists = ranks[:, layout.lists : layout.lists + 4 * sum(list_sizes)].view(torch.int32)
+        self.lists = list(torch.split(lists, list_sizes, dim=1))
+        size = node.size * FLAG_STRIDE
+        flags = memory[: 2 * size * 8].cast("q")
+        self._flags = [flags[kind * size : (kind + 1) * size : FLAG_STRIDE] for kind in (FILLED, WRITTEN)]
+        for kind in self._flags:
+            kind[node.rank] = 0
+        node.Barrier()
+
+    def raise_flag(self, kind: int) -> None:
+        """Tell the others that this rank has come one further."""
+        self._window.Sync()  # what was written before is seen by whoever sees the flag
+        self._flags[kind][self._rank] += 1
+
+    def wait_for(self, kind: int, transport: Transport, meanwhile: Callable[[], object] | None) -> None:
+        """Return once every rank of the node has come as far as this one.
+
+        Args:
+            kind: of flag.
+            transport: how to wait.
+            meanwhile: called before each look.
+        """
+        flags = self._flags[kind]
+        wanted = flags[self._rank]
+
+        def done() -> bool:
+            if meanwhile is not None:
+                meanwhile()
+            return bool(min(flags.tolist()) >= wanted)
+
+        transport.wait_until(done)
+        self._window.Sync()
+
+    def close(self) -> None:
+        """Give the memory back; all views of it dangle after this (collective)."""
+        self.weights, self.gradients, self.lists, self._flags = [], [], [], []
+        self._window.Unlock_all()
+        self._window.Free()
