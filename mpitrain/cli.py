@@ -27,9 +27,10 @@ COMMANDS = {
     "predict": "tag a file, or standard input, with a checkpoint",
     "export": "write a checkpoint as a directory that transformers loads",
     "inspect": "show what is in a shard directory or a checkpoint",
-    "bench": "time our all-reduce beside MPI's own and gloo's",
+    "bench": "time our all-reduce beside MPI's own and gloo's, or a training step",
 }
-OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", "--kib", "--repeats"}
+OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", "--kib", "--repeats", "--steps", "--lengths"}
+OWN_FLAGS |= {"--await-turns"}
 SIZES = [4**power for power in range(3, 10)]  # KiB: 64 KiB to 256 MiB
 
 
@@ -54,9 +55,12 @@ def command_parser(command: str) -> _Parser:
         parser.add_argument("--format", choices=["auto", "conll", "text"], default="auto", help="of the input")
         parser.add_argument("--to", choices=["conll", "jsonl"], default="conll", help="of the output")
     if command == "bench":
-        parser.add_argument("what", choices=["allreduce"], help="what to time")
-        parser.add_argument("--kib", type=_counts, default=SIZES, metavar="N,N,...", help="sizes of the tensor")
-        parser.add_argument("--repeats", type=_count, default=21, metavar="N", help="turns of each at each size")
+        parser.add_argument("what", choices=["allreduce", "step"], help="what to time")
+        parser.add_argument("--repeats", type=_count, default=21, metavar="N", help="turns of each contender")
+        parser.add_argument("--kib", type=_counts, default=SIZES, metavar="N,N,...", help="allreduce: sizes")
+        parser.add_argument("--steps", type=_count, default=1, metavar="N", help="step: steps in a turn")
+        parser.add_argument("--lengths", type=Path, metavar="FILE", help="step: lines of a length and how many have it")
+        parser.add_argument("--await-turns", action="store_true", help="step: a line of standard input starts a turn")
     return parser
 
 
@@ -235,10 +239,22 @@ def _export(world: Any, options: argparse.Namespace, settings: Config, console: 
 
 
 def _bench(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    from mpitrain.bench import bench_allreduce
+    from mpitrain.bench.allreduce import bench_allreduce
+    from mpitrain.bench.step import bench_step
 
-    sizes = [1024 * kib for kib in options.kib]
-    bench_allreduce(world, console, sizes=sizes, repeats=options.repeats, out=settings.out)
+    if options.what == "allreduce":
+        sizes = [1024 * kib for kib in options.kib]
+        bench_allreduce(world, console, sizes=sizes, repeats=options.repeats, out=settings.out)
+    else:
+        bench_step(
+            world,
+            settings,
+            console,
+            lengths=options.lengths,
+            repeats=options.repeats,
+            steps=options.steps,
+            await_turns=options.await_turns,
+        )
     return ExitCode.DONE
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from launching import mpitrain
 
-from mpitrain.bench import Contender, _check
+from mpitrain.bench.allreduce import Contender, _check
 from mpitrain.errors import MpitrainError
 
 

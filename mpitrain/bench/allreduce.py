@@ -8,12 +8,8 @@ it gives bf16 weights, as in training.
 
 from __future__ import annotations
 
-import json
-import os
 import platform
-import shlex
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,18 +23,17 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from mpitrain import __version__
+from mpitrain.bench.facts import describe_machine, write
 from mpitrain.comm import native, ring
 from mpitrain.comm.buckets import Bucket
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.choice import choose_exchange
 from mpitrain.comm.exchange import Exchange
 from mpitrain.errors import UsageError
-from mpitrain.files import replace_file, user_path
+from mpitrain.files import user_path
 from mpitrain.observe.console import Console
 from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.device import share_cores
-from mpitrain.runtime.launch import library_version
 
 WARM_UP = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -91,7 +86,9 @@ def bench_allreduce(comm: Comm, console: Console, *, sizes: Sequence[int], repea
             console.show(table_of([row for row in rows if row.dtype == dtype]))
     with together(comm, "writing results"):
         if comm.rank == 0 and out is not None:
-            write(out, f"allreduce-{comm.size}", facts, sorted(rows, key=lambda row: row.bytes), console)
+            rows.sort(key=lambda row: row.bytes)
+            document = facts | {"seconds": [asdict(row) for row in rows]}
+            write(out, f"allreduce-{comm.size}", document, console, lambda file: draw(file, facts, rows))
 
 
 def _measure(comm: Comm, transport: Transport, dtype: str, size: int, repeats: int) -> list[Row]:
@@ -202,38 +199,6 @@ def table_of(rows: Sequence[Row]) -> Table:
         spread = max((row.upper - row.lower) / row.median / 2 for row in found.values())
         table.add_row(f"{size >> 10:,}", *cells, f"{spread:.0%}")
     return table
-
-
-def describe_machine(comm: Comm, num_threads: int) -> dict[str, Any]:
-    """What a reader needs to judge the figures (collective)."""
-    masks = collect(comm, [platform.node(), sorted(os.sched_getaffinity(0))])
-    cores = {(node, core) for node, mask in masks for core in mask}
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpus = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "command": shlex.join(["python", "-m", "mpitrain", *sys.argv[1:]]),
-        "ranks": comm.size,
-        "nodes": len({node for node, _ in cores}),
-        "cpu": cpus[0] if cpus else platform.machine(),
-        "cores": len(cores),
-        "threads_per_rank": num_threads,
-        "mpi": library_version(),
-        "versions": {"mpitrain": __version__, "python": platform.python_version(), "torch": torch.__version__},
-    }
-
-
-def write(out: Path, stem: str, facts: dict[str, Any], rows: Sequence[Row], console: Console) -> None:
-    """The figures as JSON, and drawn if matplotlib is here."""
-    with user_path("--out", out):
-        document = facts | {"seconds": [asdict(row) for row in rows]}
-        replace_file(out / f"{stem}.json", json.dumps(document, indent=1) + "\n")
-        written = [f"{stem}.json"]
-        try:
-            draw(out / f"{stem}.png", facts, rows)
-            written.append(f"{stem}.png")
-        except ImportError:
-            console.warn("no plot: matplotlib is not installed; pip install 'mpitrain[report]' brings it")
-    console.say("written", ", ".join(str(out / name) for name in written))
 
 
 def draw(file: Path, facts: dict[str, Any], rows: Sequence[Row]) -> None:

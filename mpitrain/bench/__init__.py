@@ -1,0 +1,1 @@
+"""How fast is it, beside what people would use instead."""

@@ -1,0 +1,162 @@
+"""`mpitrain bench step`: whole training steps on sequences of real lengths, and how much of the exchange they hide.
+
+Tokens and labels are random, everything else is what `train` does. To take turns with another program on the same
+machine (`tests/benchmarks/compare_step.py` does), `--await-turns` waits for a line of standard input before each turn
+and answers it with a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+from tokenizers import Tokenizer, models
+
+from mpitrain.bench.facts import describe_machine, write
+from mpitrain.config import Config
+from mpitrain.dataset.batches import TrainPlan
+from mpitrain.dataset.sequences import MemorySplit
+from mpitrain.errors import DataError, UsageError, on_all_ranks
+from mpitrain.model.card import ModelCard, resolve_model
+from mpitrain.observe.console import Console
+from mpitrain.place import find_place
+from mpitrain.problem import Problem
+from mpitrain.run import LEARNING_RATES, build_stepper
+from mpitrain.runtime.agree import Comm, attempt, collect, share, together
+from mpitrain.step import load_micro_batches
+
+LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
+NUM_SEQUENCES = 6000
+WARM_UP = 2  # steps before the first turn
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Some steps in a row: tokens and seconds of all of them; seconds by part are means over the ranks."""
+
+    tokens: int
+    seconds: float
+    parts: dict[str, float]
+
+
+def bench_step(
+    comm: Comm,
+    config: Config,
+    console: Console,
+    *,
+    lengths: Path | None,
+    repeats: int,
+    steps: int,
+    await_turns: bool,
+) -> None:
+    """Time `repeats` turns of `steps` steps each; write `step-<ranks>.json` into `--out`, if given (collective).
+
+    Args:
+        comm: all ranks.
+        config: model, mesh, batch, precision, exchange as in training; `data` does not matter.
+        console: speaks on rank 0.
+        lengths: a text file of lengths in tokens, each with its number of sequences; about 29 if None.
+        repeats: timed turns.
+        steps: of a turn.
+        await_turns: begin each turn when a line of standard input comes.
+    """
+    problem, found = attempt(comm, "reading model and lengths", lambda: (_problem(config), read_lengths(lengths)))
+    place = find_place(comm, config, problem, console)
+    split = _random_split(found, problem.card)
+    options = config.train
+    plan = TrainPlan(
+        split.index.lengths,
+        split.index.words,
+        batch_size=options.batch_size,
+        micro_batches=options.micro_batches,
+        hidden_size=problem.card.hidden_size,
+        seed=options.seed,
+    )
+    num_steps = WARM_UP + repeats * steps
+    stepper = build_stepper(config, problem, place, console, num_steps=num_steps, peak=LEARNING_RATES["scratch"])
+    turns: list[Turn] = []
+    for number in range(-1, repeats):
+        first, count = (WARM_UP + number * steps, steps) if number >= 0 else (0, WARM_UP)
+        if number >= 0 and await_turns and not share(comm, comm.rank != 0 or bool(sys.stdin.readline())):
+            raise on_all_ranks(UsageError("--await-turns: standard input ended before the last turn"))
+        comm.Barrier()
+        began, tokens, parts = perf_counter(), 0, []
+        for step in range(first, first + count):
+            step_plan = plan.step(step)
+            micro_batches = load_micro_batches(step_plan, split, place.mesh, place.transport.device, options)
+            parts.append(stepper.run(step_plan, micro_batches, False).seconds)
+            tokens += step_plan.num_tokens
+        comm.Barrier()
+        seconds = perf_counter() - began
+        if number >= 0:
+            turns.append(Turn(tokens, seconds, _mean_parts(comm, parts)))
+            if comm.rank == 0 and await_turns:
+                print(json.dumps({"tokens": tokens, "seconds": seconds}), flush=True)  # noqa: T201
+    facts = describe_machine(comm, torch.get_num_threads())
+    console.show(table_of(turns, steps))
+    with together(comm, "writing results"):
+        if comm.rank == 0 and config.out is not None:
+            document = facts | {"steps": steps, "turns": [vars(turn) for turn in turns]}
+            write(config.out, f"step-{comm.size}", document, console)
+    stepper.close()
+    place.mesh.free()
+
+
+def _problem(config: Config) -> Problem:
+    card = resolve_model(config.model)
+    if not isinstance(card, ModelCard):
+        raise UsageError(f"--model {config.model}: bench step takes a model card, weights do not matter to it")
+    return Problem(card, LABELS, Tokenizer(models.WordLevel()))
+
+
+def read_lengths(file: Path | None) -> NDArray[np.int64]:
+    """Lengths in tokens of NUM_SEQUENCES or so sequences.
+
+    Raises:
+        DataError: the file holds something else than two columns of numbers.
+    """
+    generator = np.random.Generator(np.random.Philox(key=0))
+    if file is None:
+        return generator.normal(29, 12, NUM_SEQUENCES).clip(3, 128).astype(np.int64)
+    try:
+        pairs = np.loadtxt(file, np.int64, ndmin=2)
+        lengths = np.repeat(pairs[:, 0], pairs[:, 1])
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(f"--lengths {file}: needs lines of a length and a number of sequences: {error}") from None
+    return generator.permutation(lengths)
+
+
+def _random_split(lengths: NDArray[np.int64], card: ModelCard) -> MemorySplit:
+    """Every token is labelled, from a random word piece."""
+    generator = np.random.Generator(np.random.Philox(key=1))
+    lengths = lengths.clip(1, card.max_position_embeddings)
+    tokens = generator.integers(0, card.vocab_size, lengths.sum())
+    labels = generator.integers(0, len(LABELS), lengths.sum())
+    return MemorySplit({"tokens": tokens, "labels": labels}, lengths, lengths, np.arange(len(lengths)))
+
+
+def _mean_parts(comm: Comm, steps: list[dict[str, float]]) -> dict[str, float]:
+    mine = {name: sum(step[name] for step in steps) for name in steps[0]}
+    everyone = collect(comm, mine)
+    return {name: sum(rank[name] for rank in everyone) / len(everyone) for name in mine}
+
+
+def table_of(turns: list[Turn], steps: int) -> Table:
+    """The median step and its parts."""
+    table = Table(box=None, pad_edge=False, title=f"a step, median of {len(turns)} turns", title_justify="left")
+    table.add_column("")
+    table.add_column("ms", justify="right")
+    lower, median, upper = np.percentile([turn.seconds / steps for turn in turns], [25, 50, 75]) * 1e3
+    table.add_row("step", f"{median:,.1f}")
+    for name in turns[0].parts:
+        table.add_row(f"  {name}", f"{1e3 * np.median([turn.parts[name] / steps for turn in turns]):,.1f}")
+    rate = np.median([turn.tokens / turn.seconds for turn in turns])
+    table.caption = f"{rate:,.0f} tokens/s; half the distance of the quartiles {(upper - lower) / median / 2:.1%}"
+    return table

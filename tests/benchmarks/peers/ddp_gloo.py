@@ -1,0 +1,91 @@
+"""Peer: DistributedDataParallel over gloo with Hugging Face's BERT, as its tutorials train it.
+
+    mpirun -np 2 python tests/benchmarks/peers/ddp_gloo.py --model minilm-l6 --batch 64
+
+Sentences of similar length stand together (a length-bucketing sampler), padded to the longest of each rank's share;
+bf16 is autocast, AdamW is fused, buckets and threads are DDP's own. Each turn begins with a line of standard input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import BertConfig, BertForTokenClassification
+
+from mpitrain.model.card import load_card
+
+NUM_LABELS = 7
+WARM_UP = 2
+
+
+def launched(*names: str) -> int:
+    """What mpirun says, in the words of MPICH or Open MPI."""
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def model_of(card_name: str) -> BertForTokenClassification:
+    card = load_card(card_name).model_dump()
+    del card["do_lower_case"]
+    return BertForTokenClassification(BertConfig(**card, num_labels=NUM_LABELS))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="minilm-l6")
+    parser.add_argument("--batch", type=int, default=64, help="sentences of all ranks together")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--lengths", type=Path, default=Path(__file__).parent.parent / "lengths.txt")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--store", required=True, help="a file that does not exist yet, where ranks find each other")
+    options = parser.parse_args()
+    rank = launched("PMI_RANK", "OMPI_COMM_WORLD_RANK")
+    size = launched("PMI_SIZE", "OMPI_COMM_WORLD_SIZE") or 1
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
+    dist.init_process_group("gloo", init_method=f"file://{options.store}", rank=rank, world_size=size)
+    torch.manual_seed(0)
+    model = DistributedDataParallel(model_of(options.model))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
+    lengths = np.sort(np.repeat(*np.loadtxt(options.lengths, np.int64, unpack=True)))
+    generator = np.random.default_rng(0)
+
+    def step() -> int:
+        first = generator.integers(0, len(lengths) - options.batch)
+        whole = lengths[first : first + options.batch]
+        share = whole[rank::size]
+        mask = torch.from_numpy((np.arange(share.max()) < share[:, None]).astype(np.int64))
+        tokens = torch.randint(0, model.module.config.vocab_size, mask.shape) * mask
+        labels = torch.where(mask == 1, tokens % NUM_LABELS, -100)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
+            loss = model(tokens, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return int(whole.sum())
+
+    for _ in range(WARM_UP):
+        step()
+    for _ in range(options.repeats):
+        if rank == 0 and not sys.stdin.readline():
+            raise SystemExit("standard input ended before the last turn")
+        dist.barrier()
+        began = time.perf_counter()
+        tokens = sum(step() for _ in range(options.steps))
+        dist.barrier()
+        if rank == 0:
+            print(json.dumps({"tokens": tokens, "seconds": time.perf_counter() - began}), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
