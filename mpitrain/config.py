@@ -21,7 +21,7 @@ from pydantic_settings import (
 from mpitrain.errors import UsageError
 
 # Variables of the program that are not fields of the configuration.
-OTHER_VARIABLES = {"MPITRAIN_CACHE", "MPITRAIN_CORPORA", "MPITRAIN_GPU_AWARE"}
+OTHER_VARIABLES = {"MPITRAIN_CACHE", "MPITRAIN_CORPORA"}
 
 
 def _numbers(value: Any) -> Any:
@@ -129,6 +129,9 @@ class Comm(Section):
     """dtype of gradients in messages (with node: between nodes); sums are made in fp32; auto is fp32"""
     bucket_mib: Annotated[float, Field(gt=0, le=1024)] = 8.0
     """MiB of gradients that are reduced together"""
+    gpu: Literal["auto", "direct", "staged"] = "auto"
+    """how a GPU's memory reaches MPI: direct, or staged through pinned host memory; auto is direct where the MPI
+    library says that it takes device memory and a check in a child process agrees"""
 
     @model_validator(mode="after")
     def _native_sends_fp32(self) -> Self:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mpitrain.comm.buffers import Transport, cuda_aware
+from mpitrain.comm import gpu
+from mpitrain.comm.buffers import Transport
 from mpitrain.config import Config
 from mpitrain.errors import UsageError
 from mpitrain.model.bert import BertStage, block_costs, initialize, load_weights, num_blocks
@@ -46,28 +47,27 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
         pipe: number of stages if neither axis is given, instead of the rule for training.
     """
     device = choose_device(comm, config.train.device)
-    direct = cuda_aware(comm) and device.type == "cuda"  # asked on CPUs too: a bad value should be found early
+    direct, why = gpu.decide(comm, device, config.comm.gpu) if device.type == "cuda" else (True, "")
     num_threads, crowded = share_cores(comm, config.train.threads)
     shape, stages = attempt(comm, "choosing the mesh", lambda: _choose_mesh(comm.size, config, problem, pipe))
     mesh = meshes.build(comm, *shape)
-    say_place(comm, console, device, direct, num_threads, crowded)
+    transport = Transport(device, direct, crowded)
+    say_place(comm, console, transport, why, num_threads)
     console.say("mesh", f"{comm.size} rank(s) = {shape[0]} data x {shape[1]} pipe")
     for number, stage in enumerate(stages if shape[1] > 1 else []):
         console.say("", f"stage {number}: {name_blocks(stage, problem.card)}")
-    return Place(mesh, Transport(device, direct, crowded), stages)
+    return Place(mesh, transport, stages)
 
 
-def say_place(
-    comm: Comm, console: Console, device: torch.device, direct: bool, num_threads: int, crowded: bool
-) -> None:
-    """Print what this job runs on (collective)."""
+def say_place(comm: Comm, console: Console, transport: Transport, why: str, num_threads: int) -> None:
+    """Print what this job runs on, and why a GPU's tensors travel as they do (collective)."""
     per_node = place_on_node(comm)[1]
     where = f"{comm.size} rank(s), {per_node} on this node, {num_threads} thread(s) each"
-    where += " (more ranks than cores: waiting ranks sleep)" if crowded else ""
+    where += " (more ranks than cores: waiting ranks sleep)" if transport.patient else ""
     console.say("ranks", f"{where}; {library_version()}")
-    if device.type == "cuda":
-        way = "directly (CUDA-aware MPI)" if direct else "staged through pinned host memory"
-        console.say("device", f"{torch.cuda.get_device_name(device)}; tensors reach MPI {way}")
+    if transport.device.type == "cuda":
+        way = "staged through pinned host memory" if transport.staged else "directly"
+        console.say("device", f"{torch.cuda.get_device_name(transport.device)}; tensors reach MPI {way} ({why})")
 
 
 def _choose_mesh(

@@ -29,6 +29,7 @@ class Wrong:
 TRAINING = [
     Wrong("--nonsense 1", USAGE, "unrecognized arguments: --nonsense"),
     Wrong("--train.epochs x --mesh.data 0", USAGE, "--mesh.data: .*; found '0'(.|\n)*--train.epochs: .*'x'"),
+    Wrong("--comm.gpu 1", USAGE, "--comm.gpu: input should be 'auto', 'direct' or 'staged'; found '1'"),
     Wrong("--mesh.data 3", USAGE, "3 data x 1 pipe x 1 tensor = 3, but there are 2 ranks; .*2 x 1, 1 x 2"),
     Wrong("--data wnut17", BAD_DATA, "wnut17train.conll(.|\n)*Fetch"),
     Wrong("--data ragged", BAD_DATA, r"ragged/train.conll:2: found 1 column\(s\) in 'b'"),
@@ -110,11 +111,6 @@ def test_a_launcher_of_another_mpi_is_refused_before_n_runs_write_one_directory(
     done = mpitrain(0, *flags_of(place), "--out", "lonely", cwd=place, **{variable: "4"})
     assert_refused(done, USAGE, "started 4 ranks, but MPI sees a world of 1")
     assert not (place / "lonely").exists()
-
-
-def test_a_value_of_gpu_aware_is_checked_on_any_device(place):
-    done = mpitrain_on_two(place, *flags_of(place), MPITRAIN_GPU_AWARE="7")
-    assert_refused(done, USAGE, "MPITRAIN_GPU_AWARE is '7'; 0 .* or 1 ")
 
 
 def test_only_the_first_of_ranks_that_do_not_know_of_each_other_speaks(place):

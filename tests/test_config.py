@@ -81,7 +81,7 @@ def test_a_variable_that_is_no_field_is_named(monkeypatch, variable):
 
 
 def test_the_programs_other_variables_are_no_fields(monkeypatch):
-    for name in ("MPITRAIN_CACHE", "MPITRAIN_CORPORA", "MPITRAIN_GPU_AWARE"):
+    for name in ("MPITRAIN_CACHE", "MPITRAIN_CORPORA"):
         monkeypatch.setenv(name, "1")
     assert config.load([]).data == "sample"
     assert "data" not in config.load([]).model_fields_set

@@ -1,12 +1,11 @@
 """A tensor as an MPI buffer: the one place that knows how CPU and GPU tensors reach MPI.
 
-GPU tensors are staged through pinned host memory, unless MPI is known to be CUDA-aware; then MPI gets the device
-pointer. Bytes travel, never numbers: MPI has no bf16, and sums are made by torch.
+GPU tensors are staged through pinned host memory, unless MPI is known to take device memory (`comm.gpu`). Bytes travel,
+never numbers: MPI has no bf16, and sums are made by torch.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -16,8 +15,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from mpitrain.errors import UsageError, on_all_ranks
-from mpitrain.runtime.agree import Comm, collect
+from mpitrain.runtime.agree import Comm
 
 CPU = torch.device("cpu")
 MAX_MESSAGE = 1 << 30  # bytes; Open MPI 5.0 refuses messages of more than 2^31
@@ -30,58 +28,47 @@ def memory(tensor: torch.Tensor) -> Any:
     return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
-def cuda_aware(comm: Comm) -> bool:
-    """Whether every rank's MPI takes device pointers: MPITRAIN_GPU_AWARE=0|1, else what the library says (collective).
-
-    Raises:
-        UsageError: MPITRAIN_GPU_AWARE is neither 0 nor 1 on some rank.
-    """
-    forced = os.environ.get("MPITRAIN_GPU_AWARE", "")
-    answers = collect(comm, forced if forced else str(int(_library_says_aware())))
-    wrong = [answer for answer in answers if answer not in ("0", "1")]
-    if wrong:
-        raise on_all_ranks(UsageError(f"MPITRAIN_GPU_AWARE is {wrong[0]!r}; 0 (staged) or 1 (direct) would work"))
-    return all(answer == "1" for answer in answers)
-
-
-def _library_says_aware() -> bool:
-    library = ctypes.CDLL(MPI.__file__)
-    query = getattr(library, "MPIX_Query_cuda_support", None)
-    return bool(query()) if query is not None else False
-
-
 @dataclass(frozen=True)
 class Transport:
     """How this rank's tensors travel: device, direct or staged, and how to wait.
 
     Attributes:
+        direct: MPI gets the tensors' own memory; by default that of CPU tensors only.
         patient: sleep between looks at what is awaited, because ranks outnumber cores or other threads compute.
     """
 
     device: torch.device = CPU
-    direct: bool = False
+    direct: bool | None = None
     patient: bool = False
 
     @property
     def staged(self) -> bool:
-        """Whether tensors are copied through host memory."""
-        return self.device.type == "cuda" and not self.direct
+        """Whether tensors are copied through host memory; on a CPU only if a test says so."""
+        return self.device.type == "cuda" if self.direct is None else not self.direct
+
+    def pinned(self, size: int | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Host memory to and from which a device copies by itself; torch keeps it for reuse, as pinning is slow."""
+        return torch.empty(size, dtype=dtype, pin_memory=self.device.type == "cuda")
 
     def host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor itself, or a fresh pinned buffer of its shape if it has to be staged."""
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) if self.staged else tensor
+        """The tensor itself, or a buffer of its shape if it has to be staged."""
+        return self.pinned(tuple(tensor.shape), tensor.dtype) if self.staged else tensor
 
     def synchronize(self) -> None:
         """Before MPI touches device memory, kernels that read or write it must be done: MPI knows no streams."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
+    def mark(self) -> torch.cuda.Event | None:
+        """An event after all that was started so far on the current stream; None on a CPU, where it is done."""
+        return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
     def send(self, comm: Comm, tensor: torch.Tensor, rank: int, tag: int) -> Parcel:
         """Start sending; the parcel keeps the memory alive until it is waited for."""
         tensor = tensor.contiguous()
         host = self.host(tensor)
         if host is not tensor:
-            host.copy_(tensor)
+            host.copy_(tensor, non_blocking=True)
         self.synchronize()
         requests = [comm.Isend([part, MPI.BYTE], rank, tag) for part in messages(host)]
         return Parcel(self, tensor, host, requests)
@@ -90,7 +77,8 @@ class Transport:
         """Start receiving a tensor whose shape and dtype both sides know."""
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         host = self.host(tensor)
-        self.synchronize()
+        if host is tensor:  # it may lie where kernels still read; of a host buffer torch makes sure that it does not
+            self.synchronize()
         requests = [comm.Irecv([part, MPI.BYTE], rank, tag) for part in messages(host)]
         return Parcel(self, tensor, host, requests)
 
