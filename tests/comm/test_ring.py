@@ -14,6 +14,8 @@ from mpitrain.runtime.agree import collect
 from mpitrain.split import aligned_part
 
 pytestmark = pytest.mark.mpi(min_size=1)
+WAYS = {"direct": Transport(), "patient": Transport(patient=True), "staged": Transport(direct=False)}
+WAYS["patient and staged"] = Transport(direct=False, patient=True)
 LENGTHS = [0, 1, 63, 64, 65, 3 * 64 - 1, 8 * 64, 8 * 64 + 1, 4099, 70001]
 
 
@@ -22,12 +24,16 @@ def contribution(rank: int, length: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(values).to(dtype)
 
 
-@pytest.mark.parametrize("patient", [False, True])
+@pytest.fixture(params=WAYS)
+def transport(request) -> Transport:
+    return WAYS[request.param]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_all_reduce_is_the_sum_with_the_same_bits_on_every_rank(comm, length, dtype, patient):
+def test_all_reduce_is_the_sum_with_the_same_bits_on_every_rank(comm, length, dtype, transport):
     flat = contribution(comm.rank, length, dtype)
-    ring.all_reduce(comm, flat, Transport(patient=patient))
+    ring.all_reduce(comm, flat, transport)
     expected = sum(contribution(rank, length, dtype).double() for rank in range(comm.size))
     precision = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     torch.testing.assert_close(flat.double(), expected, rtol=precision, atol=precision * comm.size)
@@ -36,18 +42,18 @@ def test_all_reduce_is_the_sum_with_the_same_bits_on_every_rank(comm, length, dt
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_reduce_scatter_leaves_the_sum_in_the_own_chunk(comm, length):
+def test_reduce_scatter_leaves_the_sum_in_the_own_chunk(comm, length, transport):
     flat = contribution(comm.rank, length, torch.float32)
-    ring.reduce_scatter(comm, flat, Transport())
+    ring.reduce_scatter(comm, flat, transport)
     own = slice(*aligned_part(comm.rank, length, comm.size))
     expected = sum(contribution(rank, length, torch.float32) for rank in range(comm.size))
     torch.testing.assert_close(flat[own], expected[own], rtol=1e-5, atol=1e-5)
 
 
-def test_a_bf16_wire_sums_in_fp32(comm):
+def test_a_bf16_wire_sums_in_fp32(comm, transport):
     # 256 + 1 is 256 in bf16: only a sum that is kept in fp32 between hops can see the ones of its own rank.
     flat = torch.full((1000,), 1.0) if comm.rank else torch.full((1000,), 0.5)
-    ring.reduce_scatter(comm, flat, Transport(), torch.bfloat16)
+    ring.reduce_scatter(comm, flat, transport, torch.bfloat16)
     own = slice(*aligned_part(comm.rank, 1000, comm.size))
     assert torch.equal(flat[own], torch.full_like(flat[own], comm.size - 0.5))
 
@@ -61,16 +67,16 @@ def test_minus_zero_and_denormals_survive(comm):
 
 @pytest.mark.parametrize("wire", [None, torch.bfloat16])
 @pytest.mark.parametrize("segment", [1, 7, 100])
-def test_chunks_of_many_segments_are_summed_and_gathered_in_order(comm, monkeypatch, segment, wire):
+def test_chunks_of_many_segments_are_summed_and_gathered_in_order(comm, monkeypatch, segment, wire, transport):
     monkeypatch.setattr(ring, "SEGMENT", segment)
     for length in (5, 401):
         flat = torch.arange(length, dtype=torch.float32).remainder(16) + comm.rank
-        ring.all_reduce(comm, flat, Transport(), wire)
+        ring.all_reduce(comm, flat, transport, wire)
         size = comm.size
         assert torch.equal(flat, torch.arange(length).remainder(16) * float(size) + size * (size - 1) / 2)
 
 
-def test_nothing_rests_on_messages_that_mpi_buffers(comm, monkeypatch):
+def test_nothing_rests_on_messages_that_mpi_buffers(comm, monkeypatch, transport):
     """Synchronous sends end only when they are received: a ring that sent before it posted receives would hang."""
 
     class Synchronous:
@@ -78,7 +84,7 @@ def test_nothing_rests_on_messages_that_mpi_buffers(comm, monkeypatch):
 
     monkeypatch.setattr(ring, "SEGMENT", 64)
     flat = torch.full((1000,), comm.rank + 1.0)
-    ring.all_reduce(Synchronous(), flat, Transport())
+    ring.all_reduce(Synchronous(), flat, transport)
     assert torch.equal(flat, torch.full((1000,), comm.size * (comm.size + 1) / 2))
 
 

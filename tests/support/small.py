@@ -78,6 +78,7 @@ def train_small(
     num_steps: int,
     *,
     device: str = "cpu",
+    direct: bool | None = None,
     card: ModelCard | None = None,
     schedule: str = "1f1b",
     keep_weights: tuple[int, ...] = (),
@@ -89,7 +90,7 @@ def train_small(
     card = card or small_card()
     settings = Train(**({"batch_size": 14, "micro_batches": 8, "learning_rate": 3e-3, "max_grad_norm": 0.4} | options))
     mesh = meshes.build(comm, data, pipe)
-    transport = Transport(torch.device(device), patient=True)
+    transport = Transport(torch.device(device), direct, patient=True)
     stage = BertStage(card, NUM_LABELS, *split_blocks(block_costs(card, NUM_LABELS, 20.0), pipe)[mesh.stage])
     initialize(stage, card, settings.seed)
     stage.to(device)

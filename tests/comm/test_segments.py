@@ -1,0 +1,102 @@
+"""Segments through host memory: no buffer is handed to MPI while a copy from or to it still runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mpi4py import MPI
+from small import train_small
+
+from mpitrain.comm import ring, segments
+from mpitrain.comm.buffers import Transport
+
+pytestmark = pytest.mark.mpi(min_size=1)
+
+
+class Late:
+    """A copy that is made at the third look at its event, as a busy device would."""
+
+    def __init__(self, host, tensor, stream, written):
+        self.host, self.tensor, self.looks = host.fill_(torch.nan), tensor, 0
+
+    def query(self):
+        self.looks += 1
+        if self.looks == 3:
+            self.host.copy_(self.tensor)
+        return self.looks >= 3
+
+
+@pytest.mark.parametrize("wire", [None, torch.bfloat16])
+def test_a_segment_is_not_sent_before_its_copy_to_the_host_has_ended(comm, monkeypatch, wire):
+    monkeypatch.setattr(segments, "start_copy", Late)
+    monkeypatch.setattr(ring, "SEGMENT", 64)
+    flat = torch.arange(3001.0).remainder(16) + comm.rank
+    ring.all_reduce(comm, flat, Transport(direct=False, patient=True), wire)
+    assert torch.equal(flat, torch.arange(3001).remainder(16) * float(comm.size) + comm.size * (comm.size - 1) / 2)
+
+
+@dataclass(frozen=True)
+class Marking(Transport):
+    """Every event writes down when it is waited for."""
+
+    log: tuple[list[str]] = ([],)
+
+    def mark(self):
+        self.log[0].append("copy")
+        return SimpleNamespace(synchronize=lambda: self.log[0].append("copied"))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_buffer_is_not_filled_anew_before_its_copy_to_the_device_has_ended(comm, in_place):
+    log: list[str] = []
+
+    class Noting:
+        rank, size, Isend = 0, 1, MPI.COMM_SELF.Isend
+
+        def Irecv(self, *arguments):
+            log.append("receive")
+            return MPI.COMM_SELF.Irecv(*arguments)
+
+    sent = torch.arange(60.0)
+    targets = list(torch.zeros(60).split(10))
+    outbox = segments.Outbox(Noting(), Transport(), sent.dtype)
+    transport = Marking(direct=False, log=(log,))
+    idle = SimpleNamespace(go_on=lambda: True)
+    inbox = segments.StagedInbox(Noting(), transport, targets, sent.dtype, in_place, idle)
+    for number, segment in enumerate(sent.split(10)):
+        outbox.send(segment)
+        assert torch.equal(inbox.next(), segment)
+        assert torch.equal(targets[number], segment if in_place else torch.zeros(10))
+    outbox.wait()
+    again = ["copied", "receive", "copy"]
+    assert log == ["receive"] * 4 + ["copy"] + again * 2 + ["copy"] * 3
+
+
+def test_few_segments_are_staged_at_a_time(comm, monkeypatch):
+    alive, most = [], []
+
+    class Counting(Transport):
+        def pinned(self, size, dtype):
+            buffer = super().pinned(size, dtype)
+            alive.append(torch.UntypedStorage._weak_ref(buffer.untyped_storage()))
+            most.append(sum(not torch.UntypedStorage._expired(ref) for ref in alive))
+            return buffer
+
+    monkeypatch.setattr(ring, "SEGMENT", 64)
+    ring.all_reduce(comm, torch.ones(5000), Counting(direct=False, patient=True))
+    assert max(most, default=0) <= segments.RECEIVES_AHEAD + segments.SENDS_AHEAD
+
+
+@pytest.mark.parametrize("data_first", [True, False])
+def test_training_with_staged_tensors_gives_the_same_bits(comm, data_first):
+    data = comm.size if data_first else 1
+    runs = [
+        train_small(comm, data, comm.size // data, 4, algorithm="ring", direct=direct, reproducible=reproducible)
+        for direct, reproducible in [(True, False), (False, False), (True, True), (False, True)]
+    ]
+    for plain, staged in (runs[:2], runs[2:]):
+        assert staged.losses == plain.losses
+        assert staged.grad_norms == plain.grad_norms
