@@ -127,6 +127,8 @@ class Comm(Section):
     has room, else ring"""
     wire_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """dtype of gradients in messages (with node: between nodes); sums are made in fp32; auto is fp32"""
+    error_feedback: bool = False
+    """with wire_dtype bf16: what rounding loses of a partial sum is sent in the next step; 4 bytes a parameter"""
     bucket_mib: Annotated[float, Field(gt=0, le=1024)] = 8.0
     """MiB of gradients that are reduced together"""
     gpu: Literal["auto", "direct", "staged"] = "auto"
@@ -137,6 +139,8 @@ class Comm(Section):
     def _native_sends_fp32(self) -> Self:
         if self.algorithm == "native" and self.wire_dtype == "bf16":
             raise ValueError("algorithm native sums in fp32 on the wire; take wire_dtype fp32, or algorithm ring")
+        if self.error_feedback and self.wire_dtype != "bf16":
+            raise ValueError("error_feedback sends what a bf16 wire loses; take wire_dtype bf16 as well")
         return self
 
 
@@ -175,6 +179,14 @@ class Config(BaseSettings):
     def _reproducible_sums_by_a_tree(self) -> Self:
         if self.train.reproducible and (self.comm.algorithm != "auto" or self.comm.wire_dtype == "bf16"):
             raise ValueError("train.reproducible sums in fp32, by a tree; leave comm.algorithm and wire_dtype at auto")
+        return self
+
+    @model_validator(mode="after")
+    def _residuals_have_one_scale(self) -> Self:
+        if self.comm.error_feedback and self.train.precision == "fp16":
+            raise ValueError(
+                "comm.error_feedback keeps gradients of earlier steps, fp16 changes their scale; take bf16"
+            )
         return self
 
     @classmethod

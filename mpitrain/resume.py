@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain import __version__
-from mpitrain.checkpoint.load import fill, find_checkpoint, newest_usable, verify
+from mpitrain.checkpoint.load import fill, find_checkpoint, holds, newest_usable, verify
 from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed
 from mpitrain.checkpoint.save import forget_after, retain, save
 from mpitrain.errors import UsageError
 from mpitrain.run import Run
-from mpitrain.runtime.agree import attempt_at_root, share, together
+from mpitrain.runtime.agree import any_rank, attempt_at_root, share, together
 
 # Settings of `train` that do not change what is learned, or only by the number of steps, which is compared itself.
 FREE_TO_CHANGE = {"device", "threads", "early_stopping", "max_skipped_steps", "epochs", "max_steps"}
@@ -40,6 +40,7 @@ def resume(run: Run) -> None:
         with together(run.world, "comparing settings"):
             _check_identity(place, manifest.identity, identity_of(run))
         fill(run.world, place, manifest, run.stepper.optimizer.slices())
+        fill_residuals(run, place, manifest)
         run.stepper.optimizer.set_num_updates(manifest.progress.num_updates)
         run.stepper.optimizer.publish()
         run.stepper.exchange.spread()
@@ -94,6 +95,17 @@ def _refuse_foreign_checkpoints(run: Run, resumed: Path | None) -> None:
                 )
 
 
+def fill_residuals(run: Run, place: Path, manifest: Manifest) -> None:
+    """Take up what error feedback still has to send, if every rank finds its own (collective)."""
+    residuals = list(run.stepper.exchange.residuals(run.world.rank))
+    if not any_rank(run.world, bool(residuals)):
+        return
+    if any_rank(run.world, not holds(manifest, residuals)):
+        run.console.warn(f"{place}: holds no residuals for these ranks; error feedback begins anew")
+    else:
+        fill(run.world, place, manifest, residuals)
+
+
 def say_what_differs(run: Run, place: Path) -> None:
     """Warn of settings that a resumed run may change, but that somebody may have forgotten to repeat (collective)."""
     with together(run.world, f"reading {place}"):
@@ -126,7 +138,7 @@ def save_checkpoint(run: Run) -> None:
     save(
         run.world,
         run.directory.checkpoints,
-        run.stepper.optimizer.slices(),
+        [*stepper.optimizer.slices(), *stepper.exchange.residuals(run.world.rank)],
         progress=progress,
         mesh={"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": 1},
         identity=identity_of(run),

@@ -88,6 +88,7 @@ def build_stepper(
         DTYPES[config.train.precision],
         algorithm=config.comm.algorithm,
         wire_dtype=torch.bfloat16 if config.comm.wire_dtype == "bf16" else None,
+        error_feedback=config.comm.error_feedback,
         reproducible=config.train.reproducible,
     )
     exchange.spread()

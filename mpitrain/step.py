@@ -36,6 +36,8 @@ class StepResult:
         updated: False if a gradient was not finite and all ranks skipped the update together.
         stop: some rank was asked to stop.
         seconds: of this rank, by part of the step.
+        wire_errors: by stage and bucket, the norm of all rounding errors on the wire by that of the sum; empty if
+            nothing is rounded.
     """
 
     loss: float
@@ -44,6 +46,7 @@ class StepResult:
     updated: bool
     stop: bool
     seconds: dict[str, float]
+    wire_errors: list[list[float]]
 
 
 class Stepper:
@@ -91,6 +94,7 @@ class Stepper:
         self.reducer.finish()
         reduced = time.perf_counter()
         loss, grad_norm, stop = self._agree(loss, stop)
+        wire_errors = self._measure_wire()
         learning_rate = learning_rate_at(plan.step, self.num_steps, self.peak_learning_rate, self.options.warmup_ratio)
         updated = math.isfinite(grad_norm) and math.isfinite(loss)
         if updated:
@@ -100,15 +104,26 @@ class Stepper:
             "forward_backward": computed - began - self.executor.seconds_waited,
             "pipeline_wait": self.executor.seconds_waited,
             "reduce": reduced - computed,
+            "reduce_hidden": max(0.0, self.reducer.seconds - (reduced - computed)),
             "update": time.perf_counter() - reduced,
         }
-        return StepResult(loss, grad_norm, learning_rate, updated, stop, seconds)
+        return StepResult(loss, grad_norm, learning_rate, updated, stop, seconds, wire_errors)
 
     def _agree(self, loss: float, stop: bool) -> tuple[float, float, bool]:
         """Loss and gradient norm of the whole batch and whether to stop, in one vote with the same bits everywhere."""
         squares = self._exact_squares() if self.options.reproducible else self.optimizer.squared_norm()
         everyone = total(self.mesh.world, np.array([loss, squares / self.loss_scale.value**2, float(stop)]))
         return float(everyone[0]), math.sqrt(everyone[1]) if everyone[1] >= 0 else math.nan, bool(everyone[2] > 0)
+
+    def _measure_wire(self) -> list[list[float]]:
+        """See StepResult."""
+        mine = self.exchange.take_wire_errors()
+        if not mine:
+            return []
+        everyone = collect(self.mesh.data_axis, mine)
+        sums = [[sum(rank[bucket][which] for rank in everyone) for which in (0, 1)] for bucket in range(len(mine))]
+        relative = [math.sqrt(lost / square) if square > 0 else 0.0 for lost, square in sums]
+        return collect(self.mesh.world, relative)[: self.mesh.num_stages]  # the first replica's stages are these ranks
 
     def _exact_squares(self) -> float:
         """The sum of squares over all ranks on the first rank, 0 on others: no mesh changes a bit of it."""

@@ -118,7 +118,7 @@ def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, pa
     if run.world.rank == 0:
         # JSON has no NaN and no infinity.
         finite = {key: None if not math.isfinite(value) else value for key, value in metrics.items()}
-        run.directory.add_metrics(finite)
+        run.directory.add_metrics(finite | ({"wire_error": result.wire_errors} if result.wire_errors else {}))
     if not result.updated:
         run.console.warn(f"step {plan.step + 1}: loss or gradient is not finite; all ranks skip this update")
     run.console.step(metrics, run.num_steps)

@@ -171,6 +171,24 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(problem, stopped, un
     assert exit_of(place / "continued")["code"] == 0
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_residuals_of_error_feedback_are_resumed_or_begin_anew_with_a_warning(problem, ranks):
+    place, flags, environment = problem
+    wire = ("--comm.algorithm", "ring", "--comm.wire_dtype", "bf16", "--comm.error_feedback", "true")
+    settings = (*flags, *wire, "--train.max_steps", "8", "--checkpoint.every", "4")
+    whole, half = place / f"feedback-{ranks}", place / f"feedback-{ranks}-again"
+    done = mpitrain(2, *settings, "--mesh.data", "2", "--out", str(whole), cwd=place, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(whole, half)
+    shutil.rmtree(half / "checkpoints" / "step-00000008")
+    done = mpitrain(ranks, *settings, "--mesh.data", str(ranks), "--out", str(half), cwd=place, **environment)
+    assert done.returncode == 0 and "resume   step 4" in done.stdout, done.stdout + done.stderr
+    assert ("error feedback begins anew" in done.stdout) == (ranks == 3)
+    found, expected = ([line["grad_norm"] for line in metrics_of(run)] for run in (half, whole))
+    assert (found[4:] == expected[4:]) == (ranks == 2), "the same bits on the same mesh"
+    assert all(0 < error < 2**-7 for line in metrics_of(whole) for stage in line["wire_error"] for error in stage)
+
+
 @pytest.mark.parametrize("data, pipe", [(1, 1), (2, 1), (1, 2), (3, 1)])
 def test_a_run_resumed_on_another_mesh_goes_on_with_the_same_data_and_losses(
     problem, stopped, uninterrupted, data, pipe

@@ -137,7 +137,7 @@ def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Itera
 
     bucket = Bucket([("values", torch.nn.Parameter(torch.zeros(values.shape, dtype=values.dtype)))])
     exchange, _ = choose_exchange(comm, comm, transport, [bucket], values.dtype, algorithm="node")
-    exchange.patient = transport  # no backward pass runs beside it
+    exchange.reducing = transport  # no backward pass runs beside it
     found = {"node": Contender(bucket.gradients, lambda: _by_node(exchange, bucket))}
     found["ring"] = in_place(lambda: ring.all_reduce(comm, values, transport))
     if values.dtype == torch.float32:

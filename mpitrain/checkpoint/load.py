@@ -80,6 +80,21 @@ def newest_usable(comm: Comm, checkpoints: Path, warn: list[str]) -> tuple[Path,
     return None
 
 
+def holds(manifest: Manifest, slices: Iterable[StateSlice]) -> bool:
+    """Whether `fill` would find every element of these slices."""
+    there: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for entry in manifest.files.values():
+        for piece in entry.pieces:
+            there[piece.kind, piece.name].append((piece.start, piece.stop))
+    return all(
+        sum(
+            max(0, min(stop, wanted.stop) - max(start, wanted.start)) for start, stop in there[wanted.kind, wanted.name]
+        )
+        == wanted.stop - wanted.start
+        for wanted in slices
+    )
+
+
 def fill(comm: Comm, directory: Path, manifest: Manifest, slices: Iterable[StateSlice]) -> None:
     """Read the ranges that this rank needs from whichever files hold them (collective).
 

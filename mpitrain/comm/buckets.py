@@ -12,7 +12,7 @@ zero, stays so, and need not travel, as long as rows consist of whole blocks of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -177,6 +177,14 @@ class Bucket:
         gradients = self.reduced[start - self.owned[0] : stop - self.owned[0]]
         shape = tuple(member.parameter.shape)
         self.pieces.append(Piece(member.name, shape, *bounds, weights, master, gradients))
+
+    def slices_of(self, kind: str, start: int, values: torch.Tensor) -> Iterator[StateSlice]:
+        """Views of `values`, which belong to the bucket's elements from `start` on, by parameter."""
+        for member in self.members:
+            first, last = max(start, member.start), min(start + len(values), member.stop)
+            if first < last:
+                shape, bounds = tuple(member.parameter.shape), (first - member.start, last - member.start)
+                yield StateSlice(kind, member.name, shape, *bounds, values[first - start : last - start])
 
     def detach(self) -> None:
         """Let go of the memory, which may be gone from now on: the parameters are empty after this."""

@@ -20,6 +20,7 @@ from mpitrain.runtime.agree import Comm
 CPU = torch.device("cpu")
 MAX_MESSAGE = 1 << 30  # bytes; Open MPI 5.0 refuses messages of more than 2^31
 SHORTEST_NAP, LONGEST_NAP = 20e-6, 1e-3  # seconds between two looks at pending requests
+LONGEST_YIELDING = 200e-6  # seconds, a few naps as the kernel rounds them: what comes sooner is seen at once
 
 
 def memory(tensor: torch.Tensor) -> Any:
@@ -34,12 +35,14 @@ class Transport:
 
     Attributes:
         direct: MPI gets the tensors' own memory; by default that of CPU tensors only.
-        patient: sleep between looks at what is awaited, because ranks outnumber cores or other threads compute.
+        patient: ranks outnumber cores: sleep between looks at what takes long.
+        background: another thread of this rank computes meanwhile: sleep from the first look on.
     """
 
     device: torch.device = CPU
     direct: bool | None = None
     patient: bool = False
+    background: bool = False
 
     @property
     def staged(self) -> bool:
@@ -84,19 +87,19 @@ class Transport:
 
     def wait(self, requests: list[MPI.Request]) -> None:
         """Wait for requests: spinning where this rank has a core for itself, else with naps."""
-        if self.patient:
+        if self.patient or self.background:
             self.wait_until(lambda: MPI.Request.Testall(requests))
         else:
             MPI.Request.Waitall(requests)
 
     def wait_until(self, done: Callable[[], bool]) -> None:
-        """Return once `done()`: spinning, or with naps."""
+        """Return once `done()`: yielding the core at each look, or with naps in between."""
         began = time.perf_counter()
         while not done():
-            # In proportion to the wait so far: an eighth too late at most, and a long wait costs others no time.
-            nap = (time.perf_counter() - began) / 8
-            if self.patient:
-                time.sleep(min(max(nap, SHORTEST_NAP), LONGEST_NAP))
+            waited = time.perf_counter() - began
+            if self.background or (self.patient and waited > LONGEST_YIELDING):
+                # In proportion to the wait so far: an eighth too late at most, and a long wait costs others no time.
+                time.sleep(min(max(waited / 8, SHORTEST_NAP), LONGEST_NAP))
             else:
                 os.sched_yield()
 

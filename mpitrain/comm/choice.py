@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from mpi4py import MPI
 
-from mpitrain.comm import native, ring, rows, tree
+from mpitrain.comm import native, tree
 from mpitrain.comm.buckets import Bucket
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.exchange import Exchange, MessageExchange
@@ -33,6 +33,7 @@ def choose_exchange(
     *,
     algorithm: str = "auto",
     wire_dtype: torch.dtype | None = None,
+    error_feedback: bool = False,
     reproducible: bool = False,
 ) -> tuple[Exchange, str]:
     """The exchange, which has adopted the buckets, and why it is that one (collective over `world`).
@@ -42,6 +43,7 @@ def choose_exchange(
         data_axis: this rank's data group.
         algorithm: auto, node, ring or native.
         wire_dtype: of partial sums between nodes, or between all ranks where no memory is shared; fp32 if None.
+        error_feedback: send what the wire's rounding has lost the next time.
         reproducible: sum in an order that no mesh changes, whatever the algorithm.
 
     Raises:
@@ -56,25 +58,21 @@ def choose_exchange(
         )
         return exchange, "native: MPI's own collectives"
     wire = f" in {str(wire_dtype).removeprefix('torch.')}" if wire_dtype is not None else ""
-    reduce_rows = partial(rows.reduce_scatter, wire_dtype=wire_dtype)
+    wires: dict[str, Any] = {"wire_dtype": wire_dtype, "error_feedback": error_feedback}
     if data_axis.size == 1 and algorithm == "auto" and transport.device.type == "cpu":
-        return MessageExchange(data_axis, transport, buckets, dtype, reduce_rows=reduce_rows), ""
+        return MessageExchange(data_axis, transport, buckets, dtype), ""
     why = f"ring: messages{wire} between all replicas"
     if algorithm != "ring":
         node = Comm(data_axis.Split_type(MPI.COMM_TYPE_SHARED, key=data_axis.rank))
         obstacle = _obstacle_to_sharing(world, node, transport, Layout.of(node.size, buckets, dtype))
         if not obstacle or (algorithm == "node" and obstacle == ALONE):
             why = f"node: gradients and weights in shared memory, rings{wire} between nodes"
-            return NodeExchange(data_axis, node, transport, buckets, dtype, wire_dtype=wire_dtype), why
+            return NodeExchange(data_axis, node, transport, buckets, dtype, **wires), why
         node.Free()
         if algorithm == "node":
             raise on_all_ranks(UsageError(f"--comm.algorithm node: {obstacle}; auto or ring would work"))
         why += f" ({obstacle})"
-    reduce_scatter = partial(ring.reduce_scatter, wire_dtype=wire_dtype)
-    exchange = MessageExchange(
-        data_axis, transport, buckets, dtype, reduce_scatter=reduce_scatter, reduce_rows=reduce_rows
-    )
-    return exchange, why
+    return MessageExchange(data_axis, transport, buckets, dtype, **wires), why
 
 
 def _obstacle_to_sharing(world: Comm, node: Comm, transport: Transport, layout: Layout) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
-from mpitrain.comm import ring
-from mpitrain.comm.buckets import Bucket
+from mpitrain.comm import ring, rows
+from mpitrain.comm.buckets import Bucket, StateSlice
 from mpitrain.comm.buffers import Transport
+from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm
 from mpitrain.split import aligned_part
 
-Collective = Callable[[Comm, torch.Tensor, Transport], None]
-RowCollective = Callable[[Comm, torch.Tensor, torch.Tensor, Transport], torch.Tensor | None]
+ReduceScatter = Callable[[Comm, torch.Tensor, Transport, Wire | None], None]
+AllGather = Callable[[Comm, torch.Tensor, Transport], None]
 
 
 class Exchange(ABC):
@@ -32,12 +33,24 @@ class Exchange(ABC):
         """Exchange what `buckets` hold."""
         self.buckets = buckets
         self.transport = transport
-        # Reductions run in a thread which shares cores with the backward pass: it must never spin.
-        self.patient = replace(transport, patient=True)
+        self._wires: list[tuple[int, Wire]] = []  # of each bucket, with where in it the wire's tensor begins
+        # Reductions run in a thread which shares cores with the backward pass.
+        self.reducing = replace(transport, background=True)
 
     @abstractmethod
     def reduce(self, number: int) -> None:
         """Sum a bucket's gradients over all ranks into the owners' `reduced` (collective)."""
+
+    def take_wire_errors(self) -> list[tuple[float, float]]:
+        """Sums of squares, by bucket, of what this rank's roundings have lost in a step and of the sums it owns."""
+        owned = (float(bucket.reduced.double().square().sum()) for bucket in self.buckets if self._wires)
+        return list(zip((wire.take_squared_error() for _, wire in self._wires), owned, strict=True))
+
+    def residuals(self, rank: int) -> Iterator[StateSlice]:
+        """What roundings have lost and is still to be sent: state that nobody but this rank has."""
+        for bucket, (start, wire) in zip(self.buckets, self._wires, strict=False):
+            if wire.residual is not None:
+                yield from bucket.slices_of(f"residual-{rank}", start, wire.residual)
 
     @abstractmethod
     def spread(self) -> None:
@@ -59,9 +72,10 @@ class MessageExchange(Exchange):
         buckets: Sequence[Bucket],
         dtype: torch.dtype,
         *,
-        reduce_scatter: Collective = ring.reduce_scatter,
-        all_gather: Collective = ring.all_gather,
-        reduce_rows: RowCollective | None = None,
+        reduce_scatter: ReduceScatter = ring.reduce_scatter,
+        all_gather: AllGather = ring.all_gather,
+        wire_dtype: torch.dtype | None = None,
+        error_feedback: bool = False,
     ) -> None:
         """Give the buckets private memory; rank i owns chunk i, where a reduce-scatter leaves its sum (collective).
 
@@ -72,13 +86,18 @@ class MessageExchange(Exchange):
             dtype: of the weights.
             reduce_scatter: in place on flat tensors, cut as `split.aligned_part` does.
             all_gather: likewise.
-            reduce_rows: as `rows.reduce_scatter`; None has tables of embeddings treated like anything else.
+            wire_dtype: of partial sums in messages, if not fp32; of the ring only.
+            error_feedback: send what rounding has lost the next time.
         """
         super().__init__(transport, buckets)
         self._comm = Comm(data_axis.Dup())
-        self._reduce_scatter, self._all_gather, self._reduce_rows = reduce_scatter, all_gather, reduce_rows
+        self._reduce_scatter, self._all_gather = reduce_scatter, all_gather
         for bucket in buckets:
-            bucket.num_rows = bucket.num_rows if reduce_rows is not None else 0
+            if reduce_scatter is not ring.reduce_scatter:
+                bucket.num_rows = 0  # these know of no rows
+            if wire_dtype is not None:
+                wire = Wire(wire_dtype, bucket.size, feedback=error_feedback, device=transport.device)
+                self._wires.append((0, wire))
             weights = torch.zeros(bucket.size, dtype=dtype, device=transport.device)
             gradients = torch.zeros(bucket.size, device=transport.device)
             owned = aligned_part(self._comm.rank, bucket.size, self._comm.size)
@@ -87,12 +106,12 @@ class MessageExchange(Exchange):
     def reduce(self, number: int) -> None:
         """Reduce-scatter in place."""
         bucket = self.buckets[number]
-        if not bucket.num_rows or self._reduce_rows is None:
-            self._reduce_scatter(self._comm, bucket.gradients, self.patient)
-            return
-        touched = bucket.blocks_of(bucket.touched_rows().to(self.transport.device))
-        arrived = self._reduce_rows(self._comm, bucket.gradients, touched, self.patient)
-        bucket.spoil(arrived)
+        wire = self._wires[number][1] if self._wires else None
+        if bucket.num_rows:
+            touched = bucket.blocks_of(bucket.touched_rows().to(self.transport.device))
+            bucket.spoil(rows.reduce_scatter(self._comm, bucket.gradients, touched, self.reducing, wire))
+        else:
+            self._reduce_scatter(self._comm, bucket.gradients, self.reducing, wire)
 
     def spread(self) -> None:
         """All-gather in place."""

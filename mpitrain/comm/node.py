@@ -23,6 +23,7 @@ from mpitrain.comm.buckets import Bucket
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.window import FILLED, WRITTEN, Layout, Window
+from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm, collect
 from mpitrain.split import UNIT, aligned_part
 
@@ -60,6 +61,7 @@ class NodeExchange(Exchange):
         dtype: torch.dtype,
         *,
         wire_dtype: torch.dtype | None = None,
+        error_feedback: bool = False,
     ) -> None:
         """Give the buckets memory in the node's window (collective).
 
@@ -70,9 +72,10 @@ class NodeExchange(Exchange):
             buckets: without memory yet.
             dtype: of the weights.
             wire_dtype: of partial sums between nodes, if not fp32.
+            error_feedback: send what rounding has lost the next time.
         """
         super().__init__(transport, buckets)
-        self._node, self._wire_dtype = node, wire_dtype
+        self._node = node
         self._num_slices = min(collect(data_axis, node.size))
         # Who has no slice has no partners either, and forms a ring of one with nothing to say.
         has_slice = node.rank < self._num_slices
@@ -81,6 +84,9 @@ class NodeExchange(Exchange):
         self._progress = self._partners.Iprobe if self._partners.size > 1 else None
         self._window = Window(node, Layout.of(node.size, buckets, dtype), dtype)
         self._shares = [self._adopt(number, bucket) for number, bucket in enumerate(buckets)]
+        if wire_dtype is not None:
+            for share in self._shares:
+                self._wires.append((share.start, Wire(wire_dtype, len(share.summed), feedback=error_feedback)))
         node.Barrier()
 
     def _adopt(self, number: int, bucket: Bucket) -> _Share:
@@ -102,25 +108,26 @@ class NodeExchange(Exchange):
     def reduce(self, number: int) -> None:
         """Sum the own slice over the node, then that sum over nodes."""
         bucket, share = self.buckets[number], self._shares[number]
+        wire = self._wires[number][1] if self._wires else None
         if bucket.num_rows:
             touched = bucket.touched_rows()
             own = self._window.lists[number][self._node.rank]
             own[0] = len(touched)
             own[1 : 1 + len(touched)] = touched
         self._window.raise_flag(FILLED)
-        self._window.wait_for(FILLED, self.patient, self._progress)
+        self._window.wait_for(FILLED, self.reducing, self._progress)
         if bucket.num_rows:
-            self._sum_rows(bucket, share)
+            self._reduce_rows(bucket, share, wire)
             return
         for start in range(0, len(share.summed), CHUNK):
             part = slice(start, start + CHUNK)
             summed = share.summed[part]
             for other in share.others:
                 summed += other[part]
-        ring.reduce_scatter(self._partners, share.summed, self.patient, self._wire_dtype)
+        ring.reduce_scatter(self._partners, share.summed, self.reducing, wire)
 
-    def _sum_rows(self, bucket: Bucket, share: _Share) -> None:
-        """Sum what is not zero in the slice, whole blocks of it."""
+    def _reduce_rows(self, bucket: Bucket, share: _Share, wire: Wire | None) -> None:
+        """The same, of what is not zero in the slice: whole blocks of it."""
         stop = share.start + len(share.summed)
         shape = (len(share.summed) // UNIT, UNIT)
         summed = share.summed.view(shape)
@@ -130,7 +137,7 @@ class NodeExchange(Exchange):
             summed.index_add_(0, theirs, other.view(shape).index_select(0, theirs))
             blocks.append(theirs)
         touched = torch.unique(torch.cat(blocks))
-        arrived = rows.reduce_scatter(self._partners, share.summed, touched, self.patient, self._wire_dtype)
+        arrived = rows.reduce_scatter(self._partners, share.summed, touched, self.reducing, wire)
         bucket.spoil(torch.cat([touched, arrived]) + share.start // UNIT if arrived is not None else None)
 
     def spread(self) -> None:

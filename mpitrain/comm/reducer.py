@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from functools import partial
 
 import torch
@@ -37,6 +38,7 @@ class GradientReducer:
             for index, member in enumerate(bucket.members):
                 hook = partial(self._arrived, number, index)
                 member.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self.seconds = 0.0  # that the thread has spent on the buckets of this step
         self._thread = threading.Thread(target=self._work, name="gradient-reducer", daemon=True)
         self._thread.start()
 
@@ -46,6 +48,7 @@ class GradientReducer:
         self._missing = [len(bucket.members) for bucket in self._exchange.buckets]
         self._num_released = 0
         self._armed = False
+        self.seconds = 0.0
 
     def arm(self) -> None:
         """The next backward pass is the last of this step: gradients that arrive from now on are final."""
@@ -101,7 +104,9 @@ class GradientReducer:
             torch.cuda.set_device(self._exchange.transport.device)  # the current device is a property of the thread
         while (number := self._todo.get()) is not None:
             try:
+                began = time.perf_counter()
                 self._exchange.reduce(number)
+                self.seconds += time.perf_counter() - began
                 self._done.put(None)
             except BaseException as error:
                 self._done.put(error)

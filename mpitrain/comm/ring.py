@@ -19,6 +19,7 @@ import torch
 
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.segments import open_boxes
+from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm
 from mpitrain.split import aligned_part
 
@@ -37,7 +38,7 @@ def all_reduce(comm: Comm, flat: torch.Tensor, transport: Transport, wire_dtype:
     Raises:
         ValueError: the tensor is not flat and contiguous.
     """
-    reduce_scatter(comm, flat, transport, wire_dtype)
+    reduce_scatter(comm, flat, transport, Wire(wire_dtype) if wire_dtype is not None else None)
     if wire_dtype in (None, flat.dtype):
         all_gather(comm, flat, transport)
         return
@@ -48,21 +49,28 @@ def all_reduce(comm: Comm, flat: torch.Tensor, transport: Transport, wire_dtype:
     flat.copy_(wired)  # the own chunk too, or its bits would differ from the others'
 
 
-def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport, wire_dtype: torch.dtype | None = None) -> None:
-    """Leave the sum over ranks in this rank's chunk; other chunks are overwritten (collective)."""
+def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport, wire: Wire | None = None) -> None:
+    """Leave the sum over ranks in this rank's chunk; other chunks are overwritten (collective).
+
+    Args:
+        comm: the ring, in rank order.
+        flat: as for `all_reduce`.
+        transport: likewise.
+        wire: rounds what is sent; nothing is rounded if None. Additions stay in the tensor's own dtype.
+    """
     _check(flat)
     if comm.size == 1:
         return
     chunks = _chunks(comm, flat)
     targets = [s for hop in range(comm.size - 1) for s in _segments(chunks[(comm.rank - hop - 2) % comm.size])]
     num_own = len(_segments(chunks[comm.rank]))  # they come last, and stay
-    outbox, inbox = open_boxes(comm, transport, targets, wire_dtype or flat.dtype)
+    outbox, inbox = open_boxes(comm, transport, targets, wire.dtype if wire else flat.dtype)
     for segment in _segments(chunks[comm.rank - 1]):
-        outbox.send(segment)
+        outbox.send(wire.round(flat, segment) if wire else segment)
     for number, target in enumerate(targets):
         target += inbox.next()
         if number < len(targets) - num_own:
-            outbox.send(target)
+            outbox.send(wire.round(flat, target) if wire else target)
     outbox.wait()
 
 

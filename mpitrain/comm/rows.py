@@ -12,6 +12,7 @@ import torch
 
 from mpitrain.comm import ring
 from mpitrain.comm.buffers import Transport
+from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm
 from mpitrain.split import UNIT, aligned_part
 
@@ -24,7 +25,7 @@ def reduce_scatter(
     flat: torch.Tensor,
     blocks: torch.Tensor,
     transport: Transport,
-    wire_dtype: torch.dtype | None = None,
+    wire: Wire | None = None,
 ) -> torch.Tensor | None:
     """Leave the sum over ranks in this rank's chunk of a tensor that is mostly zero (collective).
 
@@ -33,7 +34,7 @@ def reduce_scatter(
         flat: fp32 [n], contiguous, n a multiple of UNIT; zero outside of `blocks`.
         blocks: int64, ascending numbers of the blocks of UNIT elements that may differ from zero.
         transport: how to wait, and how device memory travels.
-        wire_dtype: of values on their way, if not fp32.
+        wire: rounds what is sent; nothing is rounded if None.
 
     Returns:
         The blocks of the own chunk that others have brought, or None if the ring ran: then all of `flat` is changed.
@@ -43,32 +44,29 @@ def reduce_scatter(
     ends = [aligned_part(rank, flat.numel(), comm.size)[1] // UNIT for rank in range(comm.size)]
     parts = torch.tensor_split(blocks, torch.searchsorted(blocks, torch.tensor(ends[:-1], device=blocks.device)).cpu())
     counts = _gather_counts(comm, [len(part) for part in parts], transport)
-    wired = wire_dtype or flat.dtype
-    if _busiest(counts) * (UNIT * wired.itemsize + NUMBER_BYTES) >= _ring_bytes(flat.numel(), comm.size, wired):
-        ring.reduce_scatter(comm, flat, transport, wire_dtype)
+    dtype = wire.dtype if wire else flat.dtype
+    if _busiest(counts) * (UNIT * dtype.itemsize + NUMBER_BYTES) >= _ring_bytes(flat.numel(), comm.size, dtype):
+        ring.reduce_scatter(comm, flat, transport, wire)
         return None
     table = flat.view(flat.numel() // UNIT, UNIT)
     senders = [rank for rank in range(comm.size) if rank != comm.rank and counts[rank, comm.rank]]
     incoming = [
         (
             transport.post(comm, (int(counts[rank, comm.rank]),), torch.int64, rank, TAG),
-            transport.post(comm, (int(counts[rank, comm.rank]), UNIT), wired, rank, TAG + 1),
+            transport.post(comm, (int(counts[rank, comm.rank]), UNIT), dtype, rank, TAG + 1),
         )
         for rank in senders
     ]
-    outgoing = [
-        parcel
-        for rank, part in enumerate(parts)
-        if rank != comm.rank and len(part)
-        for parcel in (
-            transport.send(comm, part, rank, TAG),
-            transport.send(comm, table.index_select(0, part).to(wired), rank, TAG + 1),
-        )
-    ]
+    outgoing = []
+    for rank, part in enumerate(parts):
+        if rank != comm.rank and len(part):
+            values = table.index_select(0, part)
+            outgoing.append(transport.send(comm, part, rank, TAG))
+            outgoing.append(transport.send(comm, wire.round_rows(values, part) if wire else values, rank, TAG + 1))
     arrived = [blocks.new_empty(0)]
-    for numbers, values in incoming:
+    for numbers, block_values in incoming:
         arrived.append(numbers.received())
-        table.index_add_(0, arrived[-1], values.received().to(flat.dtype))
+        table.index_add_(0, arrived[-1], block_values.received().to(flat.dtype))
     for parcel in outgoing:
         parcel.sent()
     return torch.cat(arrived)

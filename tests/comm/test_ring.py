@@ -10,6 +10,7 @@ import torch
 
 from mpitrain.comm import ring
 from mpitrain.comm.buffers import Transport, memory
+from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import collect
 from mpitrain.split import aligned_part
 
@@ -53,7 +54,7 @@ def test_reduce_scatter_leaves_the_sum_in_the_own_chunk(comm, length, transport)
 def test_a_bf16_wire_sums_in_fp32(comm, transport):
     # 256 + 1 is 256 in bf16: only a sum that is kept in fp32 between hops can see the ones of its own rank.
     flat = torch.full((1000,), 1.0) if comm.rank else torch.full((1000,), 0.5)
-    ring.reduce_scatter(comm, flat, transport, torch.bfloat16)
+    ring.reduce_scatter(comm, flat, transport, Wire(torch.bfloat16))
     own = slice(*aligned_part(comm.rank, 1000, comm.size))
     assert torch.equal(flat[own], torch.full_like(flat[own], comm.size - 0.5))
 

@@ -10,6 +10,7 @@ from small import small_card, train_small
 from mpitrain.comm import ring, rows
 from mpitrain.comm.buckets import fill_buckets
 from mpitrain.comm.buffers import Transport
+from mpitrain.comm.wire import Wire
 from mpitrain.split import UNIT, aligned_part
 
 pytestmark = pytest.mark.mpi(min_size=1)
@@ -46,7 +47,7 @@ def test_the_own_chunk_holds_the_sum_and_the_ring_runs_where_it_is_cheaper(comm,
 def test_rows_are_rounded_on_the_wire_and_summed_in_fp32(comm):
     flat, block = torch.zeros(1000 * UNIT), torch.zeros(1, dtype=torch.int64)
     flat[:UNIT] = 1.0 if comm.rank else 256.5  # the own value is not rounded: 256.5 is none in bf16
-    rows.reduce_scatter(comm, flat, block, Transport(), torch.bfloat16)
+    rows.reduce_scatter(comm, flat, block, Transport(), Wire(torch.bfloat16))
     if comm.rank == 0:
         assert torch.equal(flat[:UNIT], torch.full((UNIT,), 255.5 + comm.size))
 

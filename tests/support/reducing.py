@@ -16,14 +16,23 @@ HOSTS = {"hosts of two": lambda rank: rank // 2, "one and the rest": lambda rank
 
 
 @contextmanager
-def reducing(comm, buckets, algorithm="ring", wire_dtype=None, dtype=torch.float32):
+def reducing(comm, buckets, algorithm="ring", wire_dtype=None, dtype=torch.float32, error_feedback=False):
     """A reducer and its exchange, closed at the end."""
     if algorithm in HOSTS:
         node = comm.Split(HOSTS[algorithm](comm.rank))
-        exchange = NodeExchange(comm, node, Transport(), buckets, dtype, wire_dtype=wire_dtype)
+        exchange = NodeExchange(
+            comm, node, Transport(), buckets, dtype, wire_dtype=wire_dtype, error_feedback=error_feedback
+        )
     else:
         exchange, _ = choose_exchange(
-            comm, comm, Transport(), buckets, dtype, algorithm=algorithm, wire_dtype=wire_dtype
+            comm,
+            comm,
+            Transport(),
+            buckets,
+            dtype,
+            algorithm=algorithm,
+            wire_dtype=wire_dtype,
+            error_feedback=error_feedback,
         )
     exchange.spread()
     reducer = GradientReducer(exchange)
