@@ -11,6 +11,9 @@ Chunks travel in segments: one is sent on as soon as it has been added to, while
 the link never waits for an addition. Within a chunk segments keep their order, as messages between two ranks do.
 
 A chunk is summed once, by hops in a fixed order, then copied: every rank holds the same bits.
+
+Requests are not persistent. Made once and kept with the tensor, they saved 10 % at 64 and 256 KiB between 2 ranks on
+2 cores, 5 % at 1 MiB, and at 4 MiB nothing that could be told from noise; buckets are larger than that.
 """
 
 from __future__ import annotations

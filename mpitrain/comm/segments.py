@@ -64,7 +64,7 @@ class Inbox:
         self._buffers = self._get_buffers(max((target.numel() for target in targets), default=0), dtype)
         self._requests: deque[MPI.Request] = deque()
         self._num_taken = 0
-        for number in range(min(len(self._buffers), len(targets))):
+        for number in range(len(self._buffers)):
             self._post(number)
 
     def next(self) -> torch.Tensor:
@@ -80,7 +80,7 @@ class Inbox:
         if self._in_place:
             return self._targets
         device = self._transport.device
-        return [torch.empty(longest, dtype=dtype, device=device) for _ in range(RECEIVES_AHEAD)]
+        return [torch.empty(longest, dtype=dtype, device=device) for _ in self._targets[:RECEIVES_AHEAD]]
 
     def _buffer(self, number: int) -> torch.Tensor:
         return self._buffers[number % len(self._buffers)][: self._targets[number].numel()]
@@ -160,7 +160,7 @@ class StagedInbox(Inbox):
     def _get_buffers(self, longest: int, dtype: torch.dtype) -> Sequence[torch.Tensor]:
         if not self._in_place:
             self._landing = torch.empty(longest, dtype=dtype, device=self._transport.device)
-        return [self._transport.pinned(longest, dtype) for _ in range(RECEIVES_AHEAD)]
+        return [self._transport.pinned(longest, dtype) for _ in self._targets[:RECEIVES_AHEAD]]
 
     def _free_buffers(self) -> None:
         if self._copied is not None:
