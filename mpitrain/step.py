@@ -122,7 +122,7 @@ class Stepper:
             return []
         everyone = collect(self.mesh.data_axis, mine)
         sums = [[sum(rank[bucket][which] for rank in everyone) for which in (0, 1)] for bucket in range(len(mine))]
-        relative = [math.sqrt(lost / square) if square > 0 else 0.0 for lost, square in sums]
+        relative = [math.sqrt(lost / square) if square > 0 and math.isfinite(lost) else 0.0 for lost, square in sums]
         return collect(self.mesh.world, relative)[: self.mesh.num_stages]  # the first replica's stages are these ranks
 
     def _exact_squares(self) -> float:

@@ -19,7 +19,7 @@ def test_every_contender_is_timed_at_every_size_beside_the_others(tmp_path, rank
     assert "warning" not in done.stdout, "gloo and matplotlib are here"
     assert "node/MPI" in done.stdout and "node/gloo" in done.stdout
     found = json.loads((tmp_path / "results" / f"allreduce-{ranks}.json").read_text())
-    contenders = [("fp32", name) for name in ("node", "ring", "ring16", "MPI", "gloo")]
+    contenders = [("fp32", name) for name in ("node", "ring", "ring16", "native", "MPI", "gloo")]
     contenders += [("bf16", name) for name in ("node", "ring", "gloo")]
     rows = {(row["dtype"], row["contender"], row["bytes"]): row for row in found["seconds"]}
     assert set(rows) == {(*contender, 1024 * kib) for contender in contenders for kib in (1, 64)}

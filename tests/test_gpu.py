@@ -66,7 +66,7 @@ def test_the_ring_sums_tensors_that_live_on_a_gpu(comm, monkeypatch, ways, lengt
     monkeypatch.setattr(ring, "SEGMENT", segment)
     for direct in ways:
         flat = torch.full((length,), float(comm.rank + 1), dtype=dtype, device="cuda")
-        ring.all_reduce(comm, flat, on_this_gpu(direct))
+        ring.AllReduce(comm, flat, on_this_gpu(direct))()
         assert torch.equal(flat.cpu(), torch.full((length,), comm.size * (comm.size + 1) / 2, dtype=dtype))
 
 
@@ -78,7 +78,7 @@ def test_the_ring_waits_for_kernels_that_still_write_and_gives_what_the_next_one
         for turn in range(1, 4):
             torch.cuda._sleep(50_000_000)  # cycles: longer than it takes to come to the first message
             flat.copy_(torch.arange(length, device="cuda").remainder(8) + turn)
-            ring.all_reduce(comm, flat, on_this_gpu(direct), wire)
+            ring.AllReduce(comm, flat, on_this_gpu(direct), wire)()
             doubled = flat * 2
             flat.zero_()  # must not be overtaken by what is still sent
             expected = (torch.arange(length).remainder(8) + turn) * 2.0 * comm.size
@@ -101,7 +101,7 @@ def test_the_ring_pins_its_buffers_once(comm):
     flat = torch.ones(1 << 22, device="cuda")
     pinned = []
     for _ in range(10):
-        ring.all_reduce(comm, flat, on_this_gpu(False))
+        ring.AllReduce(comm, flat, on_this_gpu(False))()
         torch.cuda.synchronize()
         pinned.append(torch.cuda.host_memory_stats()["num_host_alloc"])
     assert pinned[-1] - pinned[0] <= segments.SENDS_AHEAD, "a block or two more may be in use at an unlucky moment"

@@ -130,18 +130,21 @@ def _check(comm: Comm, name: str, contender: Contender) -> None:
 
 @contextmanager
 def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Iterator[dict[str, Contender]]:
-    """By name; ring16 has bf16 on the wire. The node algorithm's input is in the window, where training produces it."""
+    """By name: `node`, `ring` and `native` are ours, ring16 has bf16 on the wire.
+
+    The node algorithm's input is in the window, where training produces it.
+    """
 
     def in_place(reduce: Callable[[], Any]) -> Contender:
         return Contender(values, lambda: (reduce(), values)[1])
 
     bucket = Bucket([("values", torch.nn.Parameter(torch.zeros(values.shape, dtype=values.dtype)))])
-    exchange, _ = choose_exchange(comm, comm, transport, [bucket], values.dtype, algorithm="node")
-    exchange.reducing = transport  # no backward pass runs beside it
+    exchange, _ = choose_exchange(comm, comm, transport, [bucket], values.dtype, algorithm="node", overlapped=False)
     found = {"node": Contender(bucket.gradients, lambda: _by_node(exchange, bucket))}
-    found["ring"] = in_place(lambda: ring.all_reduce(comm, values, transport))
+    found["ring"] = in_place(ring.AllReduce(comm, values, transport))
     if values.dtype == torch.float32:
-        found["ring16"] = in_place(lambda: ring.all_reduce(comm, values, transport, torch.bfloat16))
+        found["ring16"] = in_place(ring.AllReduce(comm, values, transport, torch.bfloat16))
+        found["native"] = in_place(lambda: _by_native(comm, values, transport))
         found["MPI"] = in_place(lambda: native.all_reduce(comm, values))
     if dist.is_initialized():
         found["gloo"] = in_place(lambda: dist.all_reduce(values))
@@ -155,6 +158,11 @@ def _by_node(exchange: Exchange, bucket: Bucket) -> torch.Tensor:
         piece.weights.copy_(piece.gradients)  # stands for the update
     exchange.spread()
     return bucket.weights
+
+
+def _by_native(comm: Comm, values: torch.Tensor, transport: Transport) -> None:
+    native.reduce_scatter(comm, values, transport)
+    native.all_gather(comm, values, transport)
 
 
 @contextmanager

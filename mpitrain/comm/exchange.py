@@ -11,12 +11,14 @@ import torch
 from mpitrain.comm import ring, rows
 from mpitrain.comm.buckets import Bucket, StateSlice
 from mpitrain.comm.buffers import Transport
+from mpitrain.comm.segments import Landing
 from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm
 from mpitrain.split import aligned_part
 
-ReduceScatter = Callable[[Comm, torch.Tensor, Transport, Wire | None], None]
-AllGather = Callable[[Comm, torch.Tensor, Transport], None]
+Run = Callable[[], None]
+PlanReduceScatter = Callable[[Comm, torch.Tensor, Transport, Wire | None, Landing], Run]
+PlanAllGather = Callable[[Comm, torch.Tensor, Transport], Run]
 
 
 class Exchange(ABC):
@@ -29,13 +31,12 @@ class Exchange(ABC):
     The buckets have their memory once the exchange is made, and whole weights after its first `spread`.
     """
 
-    def __init__(self, transport: Transport, buckets: Sequence[Bucket]) -> None:
-        """Exchange what `buckets` hold."""
+    def __init__(self, transport: Transport, buckets: Sequence[Bucket], overlapped: bool) -> None:
+        """Exchange what `buckets` hold; `overlapped` if `reduce` is called in a thread beside the backward pass."""
         self.buckets = buckets
         self.transport = transport
+        self.reducing = replace(transport, background=overlapped)
         self._wires: list[tuple[int, Wire]] = []  # of each bucket, with where in it the wire's tensor begins
-        # Reductions run in a thread which shares cores with the backward pass.
-        self.reducing = replace(transport, background=True)
 
     @abstractmethod
     def reduce(self, number: int) -> None:
@@ -72,10 +73,11 @@ class MessageExchange(Exchange):
         buckets: Sequence[Bucket],
         dtype: torch.dtype,
         *,
-        reduce_scatter: ReduceScatter = ring.reduce_scatter,
-        all_gather: AllGather = ring.all_gather,
+        reduce_scatter: PlanReduceScatter = ring.ReduceScatter,
+        all_gather: PlanAllGather = ring.AllGather,
         wire_dtype: torch.dtype | None = None,
         error_feedback: bool = False,
+        overlapped: bool = True,
     ) -> None:
         """Give the buckets private memory; rank i owns chunk i, where a reduce-scatter leaves its sum (collective).
 
@@ -84,17 +86,21 @@ class MessageExchange(Exchange):
             transport: device and manner of waiting.
             buckets: without memory yet.
             dtype: of the weights.
-            reduce_scatter: in place on flat tensors, cut as `split.aligned_part` does.
+            reduce_scatter: gives what sums a flat tensor in place, cut as `split.aligned_part` does.
             all_gather: likewise.
             wire_dtype: of partial sums in messages, if not fp32; of the ring only.
             error_feedback: send what rounding has lost the next time.
+            overlapped: `reduce` is called in a thread beside the backward pass.
         """
-        super().__init__(transport, buckets)
+        super().__init__(transport, buckets, overlapped)
         self._comm = Comm(data_axis.Dup())
-        self._reduce_scatter, self._all_gather = reduce_scatter, all_gather
+        self._sums: list[Run] = []
+        self._gathers: list[Run] = []
+        landing = Landing()
         for bucket in buckets:
-            if reduce_scatter is not ring.reduce_scatter:
+            if reduce_scatter is not ring.ReduceScatter:
                 bucket.num_rows = 0  # these know of no rows
+            wire = None
             if wire_dtype is not None:
                 wire = Wire(wire_dtype, bucket.size, feedback=error_feedback, device=transport.device)
                 self._wires.append((0, wire))
@@ -102,23 +108,26 @@ class MessageExchange(Exchange):
             gradients = torch.zeros(bucket.size, device=transport.device)
             owned = aligned_part(self._comm.rank, bucket.size, self._comm.size)
             bucket.attach(weights, gradients, owned, gradients[slice(*owned)])
+            self._sums.append(reduce_scatter(self._comm, gradients, self.reducing, wire, landing))
+            self._gathers.append(all_gather(self._comm, weights, transport))
 
     def reduce(self, number: int) -> None:
         """Reduce-scatter in place."""
         bucket = self.buckets[number]
-        wire = self._wires[number][1] if self._wires else None
         if bucket.num_rows:
+            wire = self._wires[number][1] if self._wires else None
             touched = bucket.blocks_of(bucket.touched_rows().to(self.transport.device))
             bucket.spoil(rows.reduce_scatter(self._comm, bucket.gradients, touched, self.reducing, wire))
         else:
-            self._reduce_scatter(self._comm, bucket.gradients, self.reducing, wire)
+            self._sums[number]()
 
     def spread(self) -> None:
         """All-gather in place."""
-        for bucket in self.buckets:
-            self._all_gather(self._comm, bucket.weights, self.transport)
+        for gather in self._gathers:
+            gather()
 
     def close(self) -> None:
         """Give the communicator back too."""
         super().close()
+        self._sums, self._gathers = [], []
         self._comm.Free()

@@ -7,7 +7,6 @@ import torch
 from mpi4py import MPI
 
 from mpitrain.comm.buffers import Transport
-from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm
 from mpitrain.split import aligned_part
 
@@ -17,9 +16,8 @@ def all_reduce(comm: Comm, flat: torch.Tensor) -> None:
     comm.Allreduce(MPI.IN_PLACE, flat.numpy(), MPI.SUM)
 
 
-def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport, wire: Wire | None = None) -> None:
+def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport) -> None:
     """Leave the sum over ranks in this rank's chunk (`split.aligned_part`); fp32 only (collective)."""
-    assert wire is None, "MPI sums what it sends"
     values = flat.cpu().numpy()
     start, stop = aligned_part(comm.rank, len(values), comm.size)
     own = np.empty(stop - start, np.float32)

@@ -22,6 +22,7 @@ from mpitrain.comm import ring, rows
 from mpitrain.comm.buckets import Bucket
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.exchange import Exchange
+from mpitrain.comm.segments import Landing
 from mpitrain.comm.window import FILLED, WRITTEN, Layout, Window
 from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm, collect
@@ -62,6 +63,7 @@ class NodeExchange(Exchange):
         *,
         wire_dtype: torch.dtype | None = None,
         error_feedback: bool = False,
+        overlapped: bool = True,
     ) -> None:
         """Give the buckets memory in the node's window (collective).
 
@@ -73,8 +75,9 @@ class NodeExchange(Exchange):
             dtype: of the weights.
             wire_dtype: of partial sums between nodes, if not fp32.
             error_feedback: send what rounding has lost the next time.
+            overlapped: `reduce` is called in a thread beside the backward pass.
         """
-        super().__init__(transport, buckets)
+        super().__init__(transport, buckets, overlapped)
         self._node = node
         self._num_slices = min(collect(data_axis, node.size))
         # Who has no slice has no partners either, and forms a ring of one with nothing to say.
@@ -84,9 +87,15 @@ class NodeExchange(Exchange):
         self._progress = self._partners.Iprobe if self._partners.size > 1 else None
         self._window = Window(node, Layout.of(node.size, buckets, dtype), dtype)
         self._shares = [self._adopt(number, bucket) for number, bucket in enumerate(buckets)]
-        if wire_dtype is not None:
-            for share in self._shares:
-                self._wires.append((share.start, Wire(wire_dtype, len(share.summed), feedback=error_feedback)))
+        landing = Landing()
+        self._sums: list[ring.ReduceScatter] = []
+        for share in self._shares:
+            wire = None
+            if wire_dtype is not None:
+                wire = Wire(wire_dtype, len(share.summed), feedback=error_feedback)
+                self._wires.append((share.start, wire))
+            self._sums.append(ring.ReduceScatter(self._partners, share.summed, self.reducing, wire, landing))
+        self._gathers = [ring.AllGather(self._partners, share.weights, transport) for share in self._shares]
         node.Barrier()
 
     def _adopt(self, number: int, bucket: Bucket) -> _Share:
@@ -108,7 +117,6 @@ class NodeExchange(Exchange):
     def reduce(self, number: int) -> None:
         """Sum the own slice over the node, then that sum over nodes."""
         bucket, share = self.buckets[number], self._shares[number]
-        wire = self._wires[number][1] if self._wires else None
         if bucket.num_rows:
             touched = bucket.touched_rows()
             own = self._window.lists[number][self._node.rank]
@@ -117,14 +125,14 @@ class NodeExchange(Exchange):
         self._window.raise_flag(FILLED)
         self._window.wait_for(FILLED, self.reducing, self._progress)
         if bucket.num_rows:
-            self._reduce_rows(bucket, share, wire)
+            self._reduce_rows(bucket, share, self._wires[number][1] if self._wires else None)
             return
         for start in range(0, len(share.summed), CHUNK):
             part = slice(start, start + CHUNK)
             summed = share.summed[part]
             for other in share.others:
                 summed += other[part]
-        ring.reduce_scatter(self._partners, share.summed, self.reducing, wire)
+        self._sums[number]()
 
     def _reduce_rows(self, bucket: Bucket, share: _Share, wire: Wire | None) -> None:
         """The same, of what is not zero in the slice: whole blocks of it."""
@@ -142,15 +150,15 @@ class NodeExchange(Exchange):
 
     def spread(self) -> None:
         """Fetch from partners what they own of the slice; then wait for the other slices of the node."""
-        for share in self._shares:
-            ring.all_gather(self._partners, share.weights, self.transport)
+        for gather in self._gathers:
+            gather()
         self._window.raise_flag(WRITTEN)
         self._window.wait_for(WRITTEN, self.transport, self._progress)
 
     def close(self) -> None:
         """Give window and communicators back too."""
         super().close()
-        self._shares = []
+        self._shares, self._sums, self._gathers = [], [], []
         self._window.close()
         self._partners.Free()
         self._node.Free()

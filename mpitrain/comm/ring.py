@@ -12,8 +12,9 @@ the link never waits for an addition. Within a chunk segments keep their order, 
 
 A chunk is summed once, by hops in a fixed order, then copied: every rank holds the same bits.
 
-Requests are not persistent. Made once and kept with the tensor, they saved 10 % at 64 and 256 KiB between 2 ranks on
-2 cores, 5 % at 1 MiB, and at 4 MiB nothing that could be told from noise; buckets are larger than that.
+What does not change from step to step, chunks, segments and their addresses, is laid out once: between 2 ranks that is
+half of the time of a short ring. Requests are not persistent: that saved another 10 % at 64 and 256 KiB between 2 ranks
+on 2 cores, 5 % at 1 MiB, and at 4 MiB nothing that could be told from noise; buckets are larger than that.
 """
 
 from __future__ import annotations
@@ -21,89 +22,130 @@ from __future__ import annotations
 import torch
 
 from mpitrain.comm.buffers import Transport
-from mpitrain.comm.segments import open_boxes
+from mpitrain.comm.segments import Landing, Part, open_boxes
 from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm
 from mpitrain.split import aligned_part
 
 SEGMENT = 1 << 18  # elements; 1 MiB of fp32: long against a message's latency, short against a chunk
+CROWDED_SEGMENT = 1 << 20  # where a rank that waits for a segment gives its core away, and has to get it back
 
 
-def all_reduce(comm: Comm, flat: torch.Tensor, transport: Transport, wire_dtype: torch.dtype | None = None) -> None:
-    """Sum a flat contiguous tensor over all ranks in place, the same bits everywhere (collective).
+class AllReduce:
+    """Sums a flat contiguous tensor over all ranks in place when called, the same bits everywhere (collective)."""
 
-    Args:
-        comm: the ring, in rank order.
-        flat: [n] fp32, fp16, bf16 or any dtype that torch adds; n may be 0 or less than the number of ranks.
-        transport: how to wait, and how device memory travels.
-        wire_dtype: dtype of everything on the way, if not the tensor's own; additions stay in the tensor's own.
+    def __init__(
+        self, comm: Comm, flat: torch.Tensor, transport: Transport, wire_dtype: torch.dtype | None = None
+    ) -> None:
+        """Lay out what a call does.
 
-    Raises:
-        ValueError: the tensor is not flat and contiguous.
-    """
-    reduce_scatter(comm, flat, transport, Wire(wire_dtype) if wire_dtype is not None else None)
-    if wire_dtype in (None, flat.dtype):
-        all_gather(comm, flat, transport)
-        return
-    wired = torch.empty_like(flat, dtype=wire_dtype)
-    own = slice(*aligned_part(comm.rank, flat.numel(), comm.size))
-    wired[own].copy_(flat[own])
-    all_gather(comm, wired, transport)
-    flat.copy_(wired)  # the own chunk too, or its bits would differ from the others'
+        Args:
+            comm: the ring, in rank order.
+            flat: [n] fp32, fp16, bf16 or any dtype that torch adds; n may be 0 or less than the number of ranks.
+            transport: how to wait, and how device memory travels.
+            wire_dtype: of everything on the way, if not the tensor's own; additions stay in the tensor's own.
 
+        Raises:
+            ValueError: the tensor is not flat and contiguous.
+        """
+        self._flat = flat
+        self._wired = flat if wire_dtype in (None, flat.dtype) else torch.empty_like(flat, dtype=wire_dtype)
+        self._own = slice(*aligned_part(comm.rank, flat.numel(), comm.size))
+        wire = None if self._wired is flat else Wire(self._wired.dtype)
+        self._reduce_scatter = ReduceScatter(comm, flat, transport, wire)
+        self._all_gather = AllGather(comm, self._wired, transport)
 
-def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport, wire: Wire | None = None) -> None:
-    """Leave the sum over ranks in this rank's chunk; other chunks are overwritten (collective).
-
-    Args:
-        comm: the ring, in rank order.
-        flat: as for `all_reduce`.
-        transport: likewise.
-        wire: rounds what is sent; nothing is rounded if None. Additions stay in the tensor's own dtype.
-    """
-    _check(flat)
-    if comm.size == 1:
-        return
-    chunks = _chunks(comm, flat)
-    targets = [s for hop in range(comm.size - 1) for s in _segments(chunks[(comm.rank - hop - 2) % comm.size])]
-    num_own = len(_segments(chunks[comm.rank]))  # they come last, and stay
-    outbox, inbox = open_boxes(comm, transport, targets, wire.dtype if wire else flat.dtype)
-    for segment in _segments(chunks[comm.rank - 1]):
-        outbox.send(wire.round(flat, segment) if wire else segment)
-    for number, target in enumerate(targets):
-        target += inbox.next()
-        if number < len(targets) - num_own:
-            outbox.send(wire.round(flat, target) if wire else target)
-    outbox.wait()
+    def __call__(self) -> None:
+        """Run."""
+        self._reduce_scatter()
+        if self._wired is not self._flat:
+            self._wired[self._own].copy_(self._flat[self._own])
+        self._all_gather()
+        if self._wired is not self._flat:
+            self._flat.copy_(self._wired)  # the own chunk too, or its bits would differ from the others'
 
 
-def all_gather(comm: Comm, flat: torch.Tensor, transport: Transport) -> None:
-    """Fill every chunk from the rank that owns it (collective)."""
-    _check(flat)
-    if comm.size == 1:
-        return
-    chunks = _chunks(comm, flat)
-    targets = [s for hop in range(comm.size - 1) for s in _segments(chunks[(comm.rank - hop - 1) % comm.size])]
-    num_last = len(_segments(chunks[(comm.rank + 1) % comm.size]))  # the right neighbour's own: it has them
-    outbox, inbox = open_boxes(comm, transport, targets, flat.dtype, in_place=True)
-    for segment in _segments(chunks[comm.rank]):
-        outbox.send(segment)
-    for number, target in enumerate(targets):
-        inbox.next()
-        if number < len(targets) - num_last:
-            outbox.send(target)
-    outbox.wait()
+class ReduceScatter:
+    """Leaves the sum over ranks in this rank's chunk when called; other chunks are overwritten (collective)."""
+
+    def __init__(
+        self,
+        comm: Comm,
+        flat: torch.Tensor,
+        transport: Transport,
+        wire: Wire | None = None,
+        landing: Landing | None = None,
+    ) -> None:
+        """Lay out what a call does.
+
+        Args:
+            comm: the ring, in rank order.
+            flat: as for `AllReduce`.
+            transport: likewise.
+            wire: rounds what is sent; nothing is rounded if None. Additions stay in the tensor's own dtype.
+            landing: buffers to share with others that are never called at the same time.
+        """
+        self._flat, self._wire = flat, wire
+        chunks = _cut(comm, flat, CROWDED_SEGMENT if transport.patient else SEGMENT)
+        self._first = chunks[comm.rank - 1]
+        self._targets = [part for hop in range(comm.size - 1) for part in chunks[(comm.rank - hop - 2) % comm.size]]
+        self._num_forwarded = len(self._targets) - len(chunks[comm.rank])  # the own ones come last, and stay
+        self._alone = comm.size == 1
+        dtype = wire.dtype if wire is not None else flat.dtype
+        self._outbox, self._inbox = open_boxes(comm, transport, self._targets, dtype, landing or Landing())
+
+    def __call__(self) -> None:
+        """Run."""
+        if self._alone:
+            return
+        self._inbox.begin()
+        for part in self._first:
+            self._send(part)
+        for number, part in enumerate(self._targets):
+            part.tensor.add_(self._inbox.next())
+            if number < self._num_forwarded:
+                self._send(part)
+        self._outbox.wait()
+
+    def _send(self, part: Part) -> None:
+        if self._wire is not None:
+            part = Part.of(self._wire.round(self._flat, part.tensor))
+        self._outbox.send(part)
 
 
-def _check(flat: torch.Tensor) -> None:
+class AllGather:
+    """Fills every chunk from the rank that owns it when called (collective)."""
+
+    def __init__(self, comm: Comm, flat: torch.Tensor, transport: Transport) -> None:
+        """Lay out what a call does; arguments are as for `ReduceScatter`."""
+        chunks = _cut(comm, flat, CROWDED_SEGMENT if transport.patient else SEGMENT)
+        self._own = chunks[comm.rank]
+        self._targets = [part for hop in range(comm.size - 1) for part in chunks[(comm.rank - hop - 1) % comm.size]]
+        # The right neighbour's own chunk comes last: it has it.
+        self._num_forwarded = len(self._targets) - len(chunks[(comm.rank + 1) % comm.size])
+        self._alone = comm.size == 1
+        self._outbox, self._inbox = open_boxes(comm, transport, self._targets, flat.dtype)
+
+    def __call__(self) -> None:
+        """Run."""
+        if self._alone:
+            return
+        self._inbox.begin()
+        for part in self._own:
+            self._outbox.send(part)
+        for number, part in enumerate(self._targets):
+            self._inbox.next()
+            if number < self._num_forwarded:
+                self._outbox.send(part)
+        self._outbox.wait()
+
+
+def _cut(comm: Comm, flat: torch.Tensor, length: int) -> list[list[Part]]:
+    """Each rank's chunk in segments of equal size, the last one shorter; an empty chunk costs no message."""
     if flat.dim() != 1 or not flat.is_contiguous():
         raise ValueError(f"a ring takes a flat contiguous tensor, found shape {tuple(flat.shape)}")
-
-
-def _chunks(comm: Comm, flat: torch.Tensor) -> list[torch.Tensor]:
-    return [flat[slice(*aligned_part(index, flat.numel(), comm.size))] for index in range(comm.size)]
-
-
-def _segments(chunk: torch.Tensor) -> list[torch.Tensor]:
-    """Pieces of equal size, the last one shorter; none of an empty chunk, so it costs no message."""
-    return [chunk[start : start + SEGMENT] for start in range(0, chunk.numel(), SEGMENT)]
+    bounds = [aligned_part(index, flat.numel(), comm.size) for index in range(comm.size)]
+    return [
+        [Part.of(flat[begin : min(begin + length, stop)]) for begin in range(start, stop, length)]
+        for start, stop in bounds
+    ]

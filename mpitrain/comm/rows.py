@@ -46,7 +46,7 @@ def reduce_scatter(
     counts = _gather_counts(comm, [len(part) for part in parts], transport)
     dtype = wire.dtype if wire else flat.dtype
     if _busiest(counts) * (UNIT * dtype.itemsize + NUMBER_BYTES) >= _ring_bytes(flat.numel(), comm.size, dtype):
-        ring.reduce_scatter(comm, flat, transport, wire)
+        ring.ReduceScatter(comm, flat, transport, wire)()
         return None
     table = flat.view(flat.numel() // UNIT, UNIT)
     senders = [rank for rank in range(comm.size) if rank != comm.rank and counts[rank, comm.rank]]

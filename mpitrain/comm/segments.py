@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from mpi4py import MPI
@@ -24,70 +25,101 @@ RECEIVES_AHEAD = 4  # receives posted before their segment is due
 SENDS_AHEAD = 2  # staged segments that are copied or sent at a time
 
 
+class Part(NamedTuple):
+    """A piece of contiguous memory, and the same as MPI takes it."""
+
+    tensor: torch.Tensor
+    message: list[Any]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Part:
+        """This tensor."""
+        return cls(tensor, [memory(tensor), MPI.BYTE])
+
+
+class Landing:
+    """Buffers that segments arrive in; grown to the longest and kept, because fresh memory is slow to touch."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._held: dict[torch.dtype, list[torch.Tensor]] = {}
+
+    def buffers(self, longest: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+        """Some, of this length."""
+        held = self._held.setdefault(dtype, [])
+        if not held or len(held[0]) < longest:
+            held[:] = [torch.empty(longest, dtype=dtype, device=device) for _ in range(RECEIVES_AHEAD)]
+        return held
+
+
 class Outbox:
     """What is on its way to the right neighbour."""
 
-    def __init__(self, comm: Comm, transport: Transport, dtype: torch.dtype) -> None:
-        """Send in `dtype`."""
-        self._comm, self._transport, self._dtype = comm, transport, dtype
+    def __init__(self, comm: Comm, transport: Transport) -> None:
+        """Nothing yet."""
+        self._comm, self._transport = comm, transport
         self._right = (comm.rank + 1) % comm.size
-        self._leaving: deque[tuple[MPI.Request, torch.Tensor]] = deque()
+        self._leaving: deque[tuple[MPI.Request, Part]] = deque()
 
-    def send(self, segment: torch.Tensor) -> None:
-        """Start to send; the memory must stay as it is until `wait`, unless the dtype differs."""
+    def send(self, part: Part) -> None:
+        """Start to send; the memory must stay as it is until `wait`."""
         self._forget()
-        wired = segment.to(self._dtype)
         self._transport.synchronize()
-        self._start(wired)
+        self._start(part)
 
     def wait(self) -> None:
         """Return once all has left."""
         self._transport.wait([request for request, _ in self._leaving])
+        self._leaving.clear()
 
-    def _start(self, wired: torch.Tensor) -> None:
-        self._leaving.append((self._comm.Isend([memory(wired), MPI.BYTE], self._right, TAG), wired))
+    def _start(self, part: Part) -> None:
+        self._leaving.append((self._comm.Isend(part.message, self._right, TAG), part))
 
     def _forget(self) -> None:
         while self._leaving and self._leaving[0][0].Test():
-            self._leaving.popleft()  # and with it the copy in the wire's dtype
+            self._leaving.popleft()  # and with it what was made to be sent
 
 
 class Inbox:
     """What comes from the left neighbour; receives are posted ahead, in order."""
 
     def __init__(
-        self, comm: Comm, transport: Transport, targets: Sequence[torch.Tensor], dtype: torch.dtype, in_place: bool
+        self, comm: Comm, transport: Transport, targets: Sequence[Part], dtype: torch.dtype, landing: Landing | None
     ) -> None:
-        """Expect a segment for each target, in its size and in `dtype`: into the target, or through a few buffers."""
-        self._comm, self._transport, self._targets, self._in_place = comm, transport, targets, in_place
+        """Expect a segment for each target, in its size and in `dtype`: through buffers, or (None) into the target."""
+        self._comm, self._transport = comm, transport
         self._left = (comm.rank - 1) % comm.size
-        self._buffers = self._get_buffers(max((target.numel() for target in targets), default=0), dtype)
+        self._sizes = [part.tensor.numel() for part in targets]
+        self._places = list(targets)
+        if landing is not None:
+            buffers = landing.buffers(max(self._sizes, default=0), dtype, transport.device)
+            self._places = self._lay_out(buffers)
+        self._num_ahead = RECEIVES_AHEAD if landing is not None else len(targets)
         self._requests: deque[MPI.Request] = deque()
         self._num_taken = 0
-        for number in range(len(self._buffers)):
+
+    def begin(self) -> None:
+        """Post the first receives."""
+        self._num_taken = 0
+        for number in range(min(self._num_ahead, len(self._places))):
             self._post(number)
 
     def next(self) -> torch.Tensor:
         """The next segment; its memory is good until the next call."""
         number = self._num_taken
-        if number and number - 1 + len(self._buffers) < len(self._targets):
-            self._post(number - 1 + len(self._buffers))  # into the buffer that the last call gave out
+        if number and number - 1 + self._num_ahead < len(self._places):
+            self._post(number - 1 + self._num_ahead)  # into the buffer that the last call gave out
         self._num_taken += 1
         self._wait(self._requests.popleft())
-        return self._buffer(number)
+        return self._places[number].tensor
 
-    def _get_buffers(self, longest: int, dtype: torch.dtype) -> Sequence[torch.Tensor]:
-        if self._in_place:
-            return self._targets
-        device = self._transport.device
-        return [torch.empty(longest, dtype=dtype, device=device) for _ in self._targets[:RECEIVES_AHEAD]]
-
-    def _buffer(self, number: int) -> torch.Tensor:
-        return self._buffers[number % len(self._buffers)][: self._targets[number].numel()]
+    def _lay_out(self, buffers: Sequence[torch.Tensor]) -> list[Part]:
+        """Where each segment arrives: the buffers take turns."""
+        return [Part.of(buffers[number % len(buffers)][:size]) for number, size in enumerate(self._sizes)]
 
     def _post(self, number: int) -> None:
         self._free_buffers()
-        self._requests.append(self._comm.Irecv([memory(self._buffer(number)), MPI.BYTE], self._left, TAG))
+        self._requests.append(self._comm.Irecv(self._places[number].message, self._left, TAG))
 
     def _free_buffers(self) -> None:
         """Return once no kernel or copy uses a buffer that was given out."""
@@ -103,16 +135,15 @@ class StagedOutbox(Outbox):
     It must not wait for its buffers: they come free when the right neighbour receives, who may wait in the same way.
     """
 
-    def __init__(self, comm: Comm, transport: Transport, dtype: torch.dtype) -> None:
-        super().__init__(comm, transport, dtype)
+    def __init__(self, comm: Comm, transport: Transport) -> None:
+        super().__init__(comm, transport)
         self._waiting: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
         self._copying: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
         self._stream = _side_stream(transport.device)
 
-    def send(self, segment: torch.Tensor) -> None:
+    def send(self, part: Part) -> None:
         """As above."""
-        wired = segment.to(self._dtype)
-        self._waiting.append((wired, self._transport.mark()))
+        self._waiting.append((part.tensor, self._transport.mark()))
         self.go_on()
 
     def go_on(self) -> bool:
@@ -123,7 +154,7 @@ class StagedOutbox(Outbox):
             host = self._transport.pinned(wired.numel(), wired.dtype)
             self._copying.append((host, wired, start_copy(host, wired, self._stream, written)))
         while self._copying and _is_over(self._copying[0][2]):
-            self._start(self._copying.popleft()[0])
+            self._start(Part.of(self._copying.popleft()[0]))
         return not (self._waiting or self._copying or self._leaving)
 
     def wait(self) -> None:
@@ -138,29 +169,31 @@ class StagedInbox(Inbox):
         self,
         comm: Comm,
         transport: Transport,
-        targets: Sequence[torch.Tensor],
+        targets: Sequence[Part],
         dtype: torch.dtype,
-        in_place: bool,
+        landing: Landing | None,
         outbox: StagedOutbox,
     ) -> None:
-        self._outbox = outbox
+        super().__init__(comm, transport, targets, dtype, landing)
+        self._outbox, self._dtype = outbox, dtype
+        self._on_device = self._places
+        self._num_ahead = RECEIVES_AHEAD
         self._copied: torch.cuda.Event | None = None
-        self._landing = torch.empty(0)
-        super().__init__(comm, transport, targets, dtype, in_place)
+
+    def begin(self) -> None:
+        """As above."""
+        longest = max(self._sizes, default=0)
+        self._places = self._lay_out([self._transport.pinned(longest, self._dtype) for _ in range(RECEIVES_AHEAD)])
+        super().begin()
 
     def next(self) -> torch.Tensor:
         """As above."""
         number = self._num_taken
         host = super().next()
-        arrived = self._targets[number] if self._in_place else self._landing[: host.numel()]
-        arrived.copy_(host, non_blocking=True)  # on the stream that uses it, so one place to land is enough
+        arrived = self._on_device[number].tensor
+        arrived.copy_(host, non_blocking=True)
         self._copied = self._transport.mark()
         return arrived
-
-    def _get_buffers(self, longest: int, dtype: torch.dtype) -> Sequence[torch.Tensor]:
-        if not self._in_place:
-            self._landing = torch.empty(longest, dtype=dtype, device=self._transport.device)
-        return [self._transport.pinned(longest, dtype) for _ in self._targets[:RECEIVES_AHEAD]]
 
     def _free_buffers(self) -> None:
         if self._copied is not None:
@@ -171,18 +204,13 @@ class StagedInbox(Inbox):
 
 
 def open_boxes(
-    comm: Comm,
-    transport: Transport,
-    targets: Sequence[torch.Tensor],
-    dtype: torch.dtype,
-    *,
-    in_place: bool = False,
+    comm: Comm, transport: Transport, targets: Sequence[Part], dtype: torch.dtype, landing: Landing | None = None
 ) -> tuple[Outbox, Inbox]:
-    """Post the first receives for `targets`, and be ready to send, both in `dtype`; `in_place` fills the targets."""
+    """For segments that arrive in `dtype`, through the buffers of `landing`, or in the targets themselves."""
     if transport.staged:
-        outbox = StagedOutbox(comm, transport, dtype)
-        return outbox, StagedInbox(comm, transport, targets, dtype, in_place, outbox)
-    return Outbox(comm, transport, dtype), Inbox(comm, transport, targets, dtype, in_place)
+        outbox = StagedOutbox(comm, transport)
+        return outbox, StagedInbox(comm, transport, targets, dtype, landing, outbox)
+    return Outbox(comm, transport), Inbox(comm, transport, targets, dtype, landing)
 
 
 def start_copy(

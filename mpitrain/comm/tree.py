@@ -18,7 +18,6 @@ import torch
 from mpi4py import MPI
 
 from mpitrain.comm.buffers import Transport, messages
-from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm
 from mpitrain.split import aligned_part
 
@@ -56,7 +55,7 @@ class TreeSum:
         return total
 
 
-def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport, wire: Wire | None = None) -> None:
+def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport) -> None:
     """Leave the sum over ranks, by a tree, in this rank's chunk (collective).
 
     Every rank sends each chunk to its owner: as many bytes as a ring, but k - 1 buffers of a chunk.
@@ -66,7 +65,6 @@ def reduce_scatter(comm: Comm, flat: torch.Tensor, transport: Transport, wire: W
         flat: [n], contiguous.
         transport: how to wait, and how device memory travels.
     """
-    assert wire is None, "rounded sums would depend on the mesh"
     if comm.size == 1:
         return
     host = transport.host(flat)

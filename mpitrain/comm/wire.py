@@ -30,7 +30,10 @@ class Wire:
         self._squared_error: torch.Tensor | float = 0.0
 
     def round(self, flat: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        """A part of `flat` as it is sent; with feedback the part itself is changed, too."""
+        """A part of `flat` as it is sent; with feedback the part itself is changed, too.
+
+        Infinities are seen by all in the sum, and their step is skipped; they do not stay in the residual.
+        """
         if part.dtype == self.dtype:
             return part
         if self.residual is None:
@@ -38,7 +41,7 @@ class Wire:
         start = part.storage_offset() - flat.storage_offset()
         held = self.residual[start : start + part.numel()]
         wired, error = self._round(part.add_(held))
-        held.copy_(error)
+        torch.nan_to_num(error, 0.0, 0.0, 0.0, out=held)
         return wired
 
     def round_rows(self, values: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -49,7 +52,7 @@ class Wire:
             return self._round(values)[0]
         held = self.residual.view(-1, values.shape[1])
         wired, error = self._round(values.add_(held.index_select(0, numbers)))
-        held.index_copy_(0, numbers, error)
+        held.index_copy_(0, numbers, error.nan_to_num_(0.0, 0.0, 0.0))
         return wired
 
     def take_squared_error(self) -> float:
@@ -59,7 +62,6 @@ class Wire:
 
     def _round(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         wired = values.to(self.dtype)
-        # Infinities are seen by all in the sum, and their step is skipped; they must not stay in the residual.
-        error = (values - wired).nan_to_num_(0.0, 0.0, 0.0)
+        error = values - wired
         self._squared_error += torch.dot(error.view(-1), error.view(-1))
         return wired, error

@@ -34,7 +34,7 @@ def transport(request) -> Transport:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_all_reduce_is_the_sum_with_the_same_bits_on_every_rank(comm, length, dtype, transport):
     flat = contribution(comm.rank, length, dtype)
-    ring.all_reduce(comm, flat, transport)
+    ring.AllReduce(comm, flat, transport)()
     expected = sum(contribution(rank, length, dtype).double() for rank in range(comm.size))
     precision = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     torch.testing.assert_close(flat.double(), expected, rtol=precision, atol=precision * comm.size)
@@ -45,7 +45,7 @@ def test_all_reduce_is_the_sum_with_the_same_bits_on_every_rank(comm, length, dt
 @pytest.mark.parametrize("length", LENGTHS)
 def test_reduce_scatter_leaves_the_sum_in_the_own_chunk(comm, length, transport):
     flat = contribution(comm.rank, length, torch.float32)
-    ring.reduce_scatter(comm, flat, transport)
+    ring.ReduceScatter(comm, flat, transport)()
     own = slice(*aligned_part(comm.rank, length, comm.size))
     expected = sum(contribution(rank, length, torch.float32) for rank in range(comm.size))
     torch.testing.assert_close(flat[own], expected[own], rtol=1e-5, atol=1e-5)
@@ -54,14 +54,14 @@ def test_reduce_scatter_leaves_the_sum_in_the_own_chunk(comm, length, transport)
 def test_a_bf16_wire_sums_in_fp32(comm, transport):
     # 256 + 1 is 256 in bf16: only a sum that is kept in fp32 between hops can see the ones of its own rank.
     flat = torch.full((1000,), 1.0) if comm.rank else torch.full((1000,), 0.5)
-    ring.reduce_scatter(comm, flat, transport, Wire(torch.bfloat16))
+    ring.ReduceScatter(comm, flat, transport, Wire(torch.bfloat16))()
     own = slice(*aligned_part(comm.rank, 1000, comm.size))
     assert torch.equal(flat[own], torch.full_like(flat[own], comm.size - 0.5))
 
 
 def test_minus_zero_and_denormals_survive(comm):
     flat = torch.tensor([-0.0, 1e-42, 0.0])
-    ring.all_reduce(comm, flat, Transport())
+    ring.AllReduce(comm, flat, Transport())()
     assert torch.equal(flat, torch.tensor([-0.0, 1e-42, 0.0]) * comm.size)
     assert torch.signbit(flat[0])
 
@@ -72,7 +72,7 @@ def test_chunks_of_many_segments_are_summed_and_gathered_in_order(comm, monkeypa
     monkeypatch.setattr(ring, "SEGMENT", segment)
     for length in (5, 401):
         flat = torch.arange(length, dtype=torch.float32).remainder(16) + comm.rank
-        ring.all_reduce(comm, flat, transport, wire)
+        ring.AllReduce(comm, flat, transport, wire)()
         size = comm.size
         assert torch.equal(flat, torch.arange(length).remainder(16) * float(size) + size * (size - 1) / 2)
 
@@ -85,10 +85,10 @@ def test_nothing_rests_on_messages_that_mpi_buffers(comm, monkeypatch, transport
 
     monkeypatch.setattr(ring, "SEGMENT", 64)
     flat = torch.full((1000,), comm.rank + 1.0)
-    ring.all_reduce(Synchronous(), flat, transport)
+    ring.AllReduce(Synchronous(), flat, transport)()
     assert torch.equal(flat, torch.full((1000,), comm.size * (comm.size + 1) / 2))
 
 
 def test_a_view_with_gaps_is_refused(comm):
     with pytest.raises(ValueError, match="flat contiguous"):
-        ring.all_reduce(comm, torch.zeros(10)[::2], Transport())
+        ring.AllReduce(comm, torch.zeros(10)[::2], Transport())()

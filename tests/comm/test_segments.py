@@ -34,7 +34,7 @@ def test_a_segment_is_not_sent_before_its_copy_to_the_host_has_ended(comm, monke
     monkeypatch.setattr(segments, "start_copy", Late)
     monkeypatch.setattr(ring, "SEGMENT", 64)
     flat = torch.arange(3001.0).remainder(16) + comm.rank
-    ring.all_reduce(comm, flat, Transport(direct=False, patient=True), wire)
+    ring.AllReduce(comm, flat, Transport(direct=False, patient=True), wire)()
     assert torch.equal(flat, torch.arange(3001).remainder(16) * float(comm.size) + comm.size * (comm.size - 1) / 2)
 
 
@@ -62,12 +62,15 @@ def test_a_buffer_is_not_filled_anew_before_its_copy_to_the_device_has_ended(com
 
     sent = torch.arange(60.0)
     targets = list(torch.zeros(60).split(10))
-    outbox = segments.Outbox(Noting(), Transport(), sent.dtype)
+    outbox = segments.Outbox(Noting(), Transport())
     transport = Marking(direct=False, log=(log,))
     idle = SimpleNamespace(go_on=lambda: True)
-    inbox = segments.StagedInbox(Noting(), transport, targets, sent.dtype, in_place, idle)
+    landing = None if in_place else segments.Landing()
+    parts = [segments.Part.of(target) for target in targets]
+    inbox = segments.StagedInbox(Noting(), transport, parts, sent.dtype, landing, idle)
+    inbox.begin()
     for number, segment in enumerate(sent.split(10)):
-        outbox.send(segment)
+        outbox.send(segments.Part.of(segment))
         assert torch.equal(inbox.next(), segment)
         assert torch.equal(targets[number], segment if in_place else torch.zeros(10))
     outbox.wait()
@@ -85,9 +88,9 @@ def test_two_segments_are_staged_at_a_time_and_all_leave_in_order(comm):
             sent.append(torch.frombuffer(bytearray(message[0]), dtype=torch.float32).tolist())
             return SimpleNamespace(Test=lambda: received[0])
 
-    outbox = segments.StagedOutbox(Slow(), Transport(direct=False), torch.float32)
+    outbox = segments.StagedOutbox(Slow(), Transport(direct=False))
     for segment in torch.arange(10.0).split(2):
-        outbox.send(segment)
+        outbox.send(segments.Part.of(segment))
     assert sent == [[0, 1], [2, 3]]
     received[0] = True
     outbox.wait()
