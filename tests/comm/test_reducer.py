@@ -13,7 +13,7 @@ from mpitrain.comm.reducer import GradientReducer
 from mpitrain.runtime.agree import collect
 
 pytestmark = pytest.mark.mpi(min_size=1)
-ALGORITHMS = ["ring", "node", "hosts of two", "one and the rest"]
+ALGORITHMS = ["ring", "node", *HOSTS]
 WAYS = [("native", None), *((algorithm, wire) for algorithm in ALGORITHMS for wire in (None, torch.bfloat16))]
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from mpi4py import MPI
+from communicators import forbid_buffering
 from small import NUM_LABELS, small_card, small_split, train_small
 
 from mpitrain.comm.buffers import Transport
@@ -24,25 +23,12 @@ pytestmark = pytest.mark.mpi(min_size=2)
 MESHES = {2: [(1, 2), (2, 1)], 3: [(1, 3)], 4: [(2, 2), (1, 4)], 8: [(4, 2), (2, 4)]}
 
 
-class Unbuffered(MPI.Intracomm):
-    """A communicator on which MPI may not buffer: a send ends only once its receive is posted."""
-
-    def Isend(self, *arguments):
-        return self.Issend(*arguments)
-
-
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 def test_nothing_rests_on_sends_that_mpi_buffers(comm, monkeypatch, schedule):
-    build = meshes.build
-
-    def build_unbuffered(*arguments):
-        mesh = build(*arguments)
-        return replace(mesh, data_axis=Unbuffered(mesh.data_axis), pipe_axis=Unbuffered(mesh.pipe_axis))
-
     for data, pipe in MESHES.get(comm.size, []):
         buffered = train_small(comm, data, pipe, 3, schedule=schedule)
         with monkeypatch.context() as patch:
-            patch.setattr(meshes, "build", build_unbuffered)
+            forbid_buffering(patch)
             unbuffered = train_small(comm, data, pipe, 3, schedule=schedule)
         assert (unbuffered.losses, unbuffered.grad_norms) == (buffered.losses, buffered.grad_norms)
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
+from communicators import HOSTS
 
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.choice import choose_exchange
 from mpitrain.comm.node import NodeExchange
 from mpitrain.comm.reducer import GradientReducer
-
-# Which host a rank would be on: nodes of equal and of different sizes, as far as the ranks go.
-HOSTS = {"hosts of two": lambda rank: rank // 2, "one and the rest": lambda rank: min(rank, 1)}
-
 
 @contextmanager
 def reducing(comm, buckets, algorithm="ring", wire_dtype=None, dtype=torch.float32, error_feedback=False):

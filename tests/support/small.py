@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from communicators import on_hosts
 
 from mpitrain.comm.buckets import Bucket, fill_buckets
 from mpitrain.comm.buffers import Transport
@@ -65,6 +66,7 @@ def own(buckets: list[Bucket], index: int, count: int, dtype: torch.dtype = torc
 
 @dataclass
 class Trained:
+    why: str  # the exchange is what it is
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     weights: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -84,9 +86,14 @@ def train_small(
     keep_weights: tuple[int, ...] = (),
     spoil: Any = None,
     algorithm: str = "auto",
+    wire_dtype: torch.dtype | None = None,
+    hosts: str | None = None,
     **options: Any,
 ) -> Trained:
-    """Train on a mesh; weights are this rank's own stage, by name, after the steps in `keep_weights`."""
+    """Train on a mesh; weights are this rank's own stage, by name, after the steps in `keep_weights`.
+
+    Ranks share memory as far as they do, or as the key `hosts` of HOSTS says.
+    """
     card = card or small_card()
     settings = Train(**({"batch_size": 14, "micro_batches": 8, "learning_rate": 3e-3, "max_grad_norm": 0.4} | options))
     mesh = meshes.build(comm, data, pipe)
@@ -96,13 +103,14 @@ def train_small(
     stage.to(device)
     buckets = fill_buckets(stage, 20_000, stage.tables)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
-    exchange, _ = choose_exchange(
+    exchange, why = choose_exchange(
         mesh.world,
-        mesh.data_axis,
+        on_hosts(mesh.data_axis, hosts),
         transport,
         buckets,
         dtype,
         algorithm=algorithm,
+        wire_dtype=wire_dtype,
         reproducible=settings.reproducible,
     )
     exchange.spread()
@@ -127,7 +135,7 @@ def train_small(
         hidden_size=card.hidden_size,
         seed=settings.seed,
     )
-    trained = Trained()
+    trained = Trained(why)
     for step in range(num_steps):
         micro_batches = load_micro_batches(plan.step(step), split, mesh, torch.device(device), settings)
         if spoil is not None:
