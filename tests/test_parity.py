@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from communicators import HOSTS
 from mpi4py import MPI
 from small import small_card, train_small
 
@@ -74,11 +75,41 @@ def test_replicas_are_bit_equal(comm):
         assert all(len(values) == 1 for values in seen.values())
 
 
-@pytest.mark.parametrize("algorithm", ["ring", "native"])
-def test_messages_give_the_same_numbers_as_shared_memory(comm, algorithm):
+@pytest.mark.parametrize("algorithm, hosts", [("ring", None), ("native", None), *(("auto", name) for name in HOSTS)])
+def test_every_way_to_sum_gives_the_numbers_of_one_rank(comm, algorithm, hosts):
     reference = one_rank(10)
-    run = train_small(comm, comm.size, 1, 10, algorithm=algorithm)
+    run = train_small(comm, comm.size, 1, 10, algorithm=algorithm, hosts=hosts, keep_weights=AT)
     assert run.losses == pytest.approx(reference.losses, rel=1e-5)
+    assert run.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
+    assert relative(run.weights[10], reference.weights[10]) < 1e-5
+
+
+@pytest.mark.mpi(min_size=3)  # so that "hosts of two" are more than one
+@pytest.mark.parametrize("algorithm, hosts", [("ring", None), *(("auto", name) for name in HOSTS)])
+def test_a_bf16_wire_moves_the_numbers_by_no_more_than_its_roundings(comm, algorithm, hosts):
+    reference = one_rank(10)
+    options = {"algorithm": algorithm, "hosts": hosts, "wire_dtype": torch.bfloat16}
+    run = train_small(comm, comm.size, 1, 10, keep_weights=AT, **options)
+    # A partial sum is off by a factor of at most 1 + eps / 2 at each hop.
+    rounding = (1 + torch.finfo(torch.bfloat16).eps / 2) ** (comm.size - 1) - 1
+    assert run.losses[0] == pytest.approx(reference.losses[0], rel=1e-5), "nothing was summed yet"
+    assert run.grad_norms[0] == pytest.approx(reference.grad_norms[0], rel=rounding)
+    assert run.losses == pytest.approx(reference.losses, rel=rounding)
+    assert 0 < relative(run.weights[10], reference.weights[10]) < rounding
+
+
+@pytest.mark.mpi(min_size=2, max_size=4)
+@pytest.mark.parametrize(
+    "algorithm, hosts, wire_dtype",
+    [("ring", None, torch.bfloat16), ("native", None, None), ("auto", None, None), ("auto", "hosts of two", None)],
+)
+def test_replicas_are_still_bit_equal_after_200_steps(comm, algorithm, hosts, wire_dtype):
+    card = small_card(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    options = {"card": card, "batch_size": 4, "micro_batches": 4, "keep_weights": (200,)}
+    run = train_small(comm, comm.size, 1, 200, algorithm=algorithm, hosts=hosts, wire_dtype=wire_dtype, **options)
+    assert run.losses[-1] < run.losses[0] / 2, "weights that stay as they are stay equal"
+    bits = hashlib.sha256(b"".join(values.numpy().tobytes() for values in run.weights[200].values())).hexdigest()
+    assert len(set(collect(comm, bits))) == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
