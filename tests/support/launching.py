@@ -27,9 +27,14 @@ def command(ranks: int, *arguments: str) -> list[str]:
 
 
 def start(ranks: int, *arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """Start in the background, in a session of its own."""
+    """Start on some ranks in the background."""
+    return begin(command(ranks, *arguments), cwd, **environment)
+
+
+def begin(line: list[str], cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start a command line in the background, in a session of its own."""
     return subprocess.Popen(
-        command(ranks, *arguments),
+        line,
         cwd=cwd,
         env=clean_environment(**environment),
         stdin=subprocess.DEVNULL,
