@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import torch
-from launching import mpitrain
+from launching import clean_environment, command, mpitrain
 
 from mpitrain.bench.allreduce import Contender, _check
 from mpitrain.errors import MpitrainError
@@ -41,3 +42,47 @@ def test_sizes_and_repeats_are_counts(tmp_path, wrong):
     done = mpitrain(2, "bench", "allreduce", *wrong.split(), cwd=tmp_path)
     assert done.returncode == 64, done.stdout + done.stderr
     assert f"argument {wrong.split()[0]}" in done.stderr and "Traceback" not in done.stderr
+
+
+STEP = ["--model", "bert-tiny", "--train.batch_size", "6", "--train.micro_batches", "3"]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_step_is_timed_by_its_parts(tmp_path, ranks):
+    (tmp_path / "lengths").write_text("5 40\n9 20\n")
+    turns = ("--repeats", "3", "--steps", "2", "--lengths", "lengths", "--out", "results")
+    done = mpitrain(ranks, "bench", "step", *STEP, "--mesh.data", str(ranks), *turns, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "forward_backward" in done.stdout and "tokens/s" in done.stdout
+    found = json.loads((tmp_path / "results" / f"step-{ranks}.json").read_text())
+    assert (found["ranks"], found["steps"], len(found["turns"])) == (ranks, 2, 3)
+    for turn in found["turns"]:
+        assert 12 * 5 <= turn["tokens"] <= 12 * 9
+        assert 0 < sum(seconds for name, seconds in turn["parts"].items() if name != "reduce_hidden") < turn["seconds"]
+        assert turn["parts"]["reduce"] + turn["parts"]["reduce_hidden"] > 0
+
+
+def test_a_turn_waits_for_a_line_of_standard_input(tmp_path):
+    arguments = ["bench", "step", *STEP, "--mesh.data", "2", "--await-turns", "--repeats", "3"]
+    process = subprocess.Popen(
+        command(2, "-m", "mpitrain", *arguments),
+        cwd=tmp_path,
+        env=clean_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out, errors = process.communicate("go\ngo\n", timeout=120)
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert process.returncode == 64 and "standard input ended before the last turn" in errors
+    assert len(lines) == 2 and all(line["tokens"] > 0 and line["seconds"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("content", [None, "5\n", "five 3\n"])
+def test_lengths_that_cannot_be_read_are_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "lengths").write_text(content)
+    done = mpitrain(2, "bench", "step", *STEP, "--lengths", "lengths", cwd=tmp_path)
+    assert done.returncode == 65, done.stdout + done.stderr
+    assert "--lengths lengths: needs lines of a length and a number of sequences" in done.stderr

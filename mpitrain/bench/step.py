@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from time import perf_counter
 
@@ -30,7 +32,7 @@ from mpitrain.place import find_place
 from mpitrain.problem import Problem
 from mpitrain.run import LEARNING_RATES, build_stepper
 from mpitrain.runtime.agree import Comm, attempt, collect, share, together
-from mpitrain.step import load_micro_batches
+from mpitrain.step import Stepper, load_micro_batches
 
 LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
 NUM_SEQUENCES = 6000
@@ -69,36 +71,17 @@ def bench_step(
     """
     problem, found = attempt(comm, "reading model and lengths", lambda: (_problem(config), read_lengths(lengths)))
     place = find_place(comm, config, problem, console)
-    split = _random_split(found, problem.card)
-    options = config.train
-    plan = TrainPlan(
-        split.index.lengths,
-        split.index.words,
-        batch_size=options.batch_size,
-        micro_batches=options.micro_batches,
-        hidden_size=problem.card.hidden_size,
-        seed=options.seed,
-    )
     num_steps = WARM_UP + repeats * steps
     stepper = build_stepper(config, problem, place, console, num_steps=num_steps, peak=LEARNING_RATES["scratch"])
+    run = _turns(stepper, config, _random_split(found, problem.card))
+    run(WARM_UP)
     turns: list[Turn] = []
-    for number in range(-1, repeats):
-        first, count = (WARM_UP + number * steps, steps) if number >= 0 else (0, WARM_UP)
-        if number >= 0 and await_turns and not share(comm, comm.rank != 0 or bool(sys.stdin.readline())):
+    for _ in range(repeats):
+        if await_turns and not share(comm, comm.rank == 0 and bool(sys.stdin.readline())):
             raise on_all_ranks(UsageError("--await-turns: standard input ended before the last turn"))
-        comm.Barrier()
-        began, tokens, parts = perf_counter(), 0, []
-        for step in range(first, first + count):
-            step_plan = plan.step(step)
-            micro_batches = load_micro_batches(step_plan, split, place.mesh, place.transport.device, options)
-            parts.append(stepper.run(step_plan, micro_batches, False).seconds)
-            tokens += step_plan.num_tokens
-        comm.Barrier()
-        seconds = perf_counter() - began
-        if number >= 0:
-            turns.append(Turn(tokens, seconds, _mean_parts(comm, parts)))
-            if comm.rank == 0 and await_turns:
-                print(json.dumps({"tokens": tokens, "seconds": seconds}), flush=True)  # noqa: T201
+        turns.append(run(steps))
+        if comm.rank == 0 and await_turns:
+            print(json.dumps({"tokens": turns[-1].tokens, "seconds": turns[-1].seconds}), flush=True)  # noqa: T201
     facts = describe_machine(comm, torch.get_num_threads())
     console.show(table_of(turns, steps))
     with together(comm, "writing results"):
@@ -107,6 +90,33 @@ def bench_step(
             write(config.out, f"step-{comm.size}", document, console)
     stepper.close()
     place.mesh.free()
+
+
+def _turns(stepper: Stepper, config: Config, split: MemorySplit) -> Callable[[int], Turn]:
+    """What trains for so many steps more (collective)."""
+    mesh, options = stepper.mesh, config.train
+    device = stepper.exchange.transport.device
+    plan = TrainPlan(
+        split.index.lengths,
+        split.index.words,
+        batch_size=options.batch_size,
+        micro_batches=options.micro_batches,
+        hidden_size=stepper.executor.hidden_size,
+        seed=options.seed,
+    )
+    numbers = count()
+
+    def run(num_steps: int) -> Turn:
+        mesh.world.Barrier()
+        began, tokens, parts = perf_counter(), 0, []
+        for step_plan in map(plan.step, islice(numbers, num_steps)):
+            micro_batches = load_micro_batches(step_plan, split, mesh, device, options)
+            parts.append(stepper.run(step_plan, micro_batches, False).seconds)
+            tokens += step_plan.num_tokens
+        mesh.world.Barrier()
+        return Turn(tokens, perf_counter() - began, _mean_parts(mesh.world, parts))
+
+    return run
 
 
 def _problem(config: Config) -> Problem:

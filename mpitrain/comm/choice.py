@@ -1,8 +1,7 @@
 """Which exchange a run takes: what was asked for, else shared memory where ranks share a node and it has room.
 
 The choice hangs on the topology alone, never on a timing, so that a resumed run computes the same bits. `bench
-allreduce` shows that nothing is lost by that: wherever ranks share a node `node` is the fastest, elsewhere `ring` is, or
-within a tenth of what is, at the sizes that buckets have.
+allreduce` shows that little is lost by that at the sizes of buckets.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from communicators import HOSTS
 from reducing import reducing
 
 from mpitrain.comm.buckets import Bucket, fill_buckets

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reducing import HOSTS, reducing
+from communicators import HOSTS
+from reducing import reducing
 from small import small_card, train_small
 
 from mpitrain.comm import ring, rows

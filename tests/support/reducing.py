@@ -1,36 +1,31 @@
-"""A reducer on any exchange; nodes of several sizes, as far as the ranks of one machine go."""
+"""A reducer on any exchange; nodes of several sizes."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 
 import torch
-from communicators import HOSTS
+from communicators import HOSTS, on_hosts
 
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.choice import choose_exchange
-from mpitrain.comm.node import NodeExchange
 from mpitrain.comm.reducer import GradientReducer
+
 
 @contextmanager
 def reducing(comm, buckets, algorithm="ring", wire_dtype=None, dtype=torch.float32, error_feedback=False):
     """A reducer and its exchange, closed at the end."""
-    if algorithm in HOSTS:
-        node = comm.Split(HOSTS[algorithm](comm.rank))
-        exchange = NodeExchange(
-            comm, node, Transport(), buckets, dtype, wire_dtype=wire_dtype, error_feedback=error_feedback
-        )
-    else:
-        exchange, _ = choose_exchange(
-            comm,
-            comm,
-            Transport(),
-            buckets,
-            dtype,
-            algorithm=algorithm,
-            wire_dtype=wire_dtype,
-            error_feedback=error_feedback,
-        )
+    hosts = algorithm if algorithm in HOSTS else None
+    exchange, _ = choose_exchange(
+        comm,
+        on_hosts(comm, hosts),
+        Transport(),
+        buckets,
+        dtype,
+        algorithm="node" if hosts else algorithm,
+        wire_dtype=wire_dtype,
+        error_feedback=error_feedback,
+    )
     exchange.spread()
     reducer = GradientReducer(exchange)
     yield reducer, exchange

@@ -118,8 +118,7 @@ def complaint(found: torch.Tensor, terms: Sequence[torch.Tensor], way: Way) -> s
     rounded, values = expected.to(way.dtype).double(), found.double()
     right = torch.where(rounded.isfinite(), (values - expected).abs() <= bound, values == rounded)
     right |= rounded.isnan() & values.isnan()
-    if way.name != "node":  # torch.sum begins with 0.0, and 0.0 - 0.0 is 0.0
-        right &= values.signbit() | values.isnan() | ~exact.signbit().all(0)
+    right &= values.signbit() | values.isnan() | ~exact.signbit().all(0)
     wrong = (~right).nonzero().flatten().tolist()
     if not wrong:
         return ""
