@@ -11,11 +11,11 @@ BIN = $(VENV)/bin
 RESULTS = tests/benchmarks/results
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help run test test-gpu lint bench clean
+.PHONY: help run test test-gpu test-hosts lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo 'Variables: NP=8 (ranks), ARGS= (more arguments), MPI=mpich|openmpi, VENV=.venv, PYTHON=python3'
 
 run: $(VENV)/.installed  ## train on NP ranks; ARGS are mpitrain's arguments
@@ -26,6 +26,9 @@ test: $(VENV)/.installed-dev  ## all tests that need no GPU, on 1 to 8 ranks; AR
 
 test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU, on 1, 2 and 4 ranks; fails where there is none
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-hosts: $(VENV)/.installed-dev  ## the tests on emulated hosts with a network between them; skipped without root
+	$(BIN)/python -m pytest -m hosts tests/hosts $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## style, spelling, types, import rules, shell scripts
 	$(BIN)/ruff check

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 def pytest_configure(config: pytest.Config) -> None:
     """Only rank 0 reports; the others speak up when something fails."""
     config.addinivalue_line("markers", "gpu: needs a GPU (make test-gpu)")
+    config.addinivalue_line("markers", "hosts: needs emulated hosts, and so root (make test-hosts)")
     config.addinivalue_line("markers", "slow_ranks(sizes): numbers of ranks at which test_under_mpirun runs this")
     if _with_mpi(config) and _world().rank > 0:
         reporter = config.pluginmanager.getplugin("terminalreporter")
@@ -48,9 +49,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         mark = item.get_closest_marker("mpi")
         smallest, largest = (mark.kwargs.get(key, ranks) for key in ("min_size", "max_size")) if mark else (0, 0)
         fits = mark is None or (ranks > 0 and smallest <= ranks <= largest)
-        gpu = item.get_closest_marker("gpu") is not None
+        asked = config.getoption("-m") or ""
+        opted = all(name in asked for name in ("gpu", "hosts") if item.get_closest_marker(name) is not None)
         alone = ranks == 0 or (ranks == 1 and not config.getoption("--only-mpi"))
-        wanted = fits and (mark is not None or alone) and (not gpu or "gpu" in (config.getoption("-m") or ""))
+        wanted = fits and (mark is not None or alone) and opted
         (keep if wanted else leave).append(item)
     items[:] = keep
     config.hook.pytest_deselected(items=leave)

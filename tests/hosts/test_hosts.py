@@ -1,0 +1,100 @@
+"""Hosts with a network between them: the same numbers, a slow or cut link, a host whose ranks die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hosts import Hosts, obstacle
+from launching import begin, finish
+from tiny import processes_of
+
+pytestmark = pytest.mark.hosts
+SECONDS = 30  # until a job must have ended
+LIMIT = 180  # for what takes seconds where cores are free
+SCRIPT = str(Path(__file__).parents[1] / "support" / "train_on_hosts.py")
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    found = obstacle()
+    if found:
+        pytest.skip(f"reason: {found}")
+    with Hosts(4) as four:
+        yield four
+
+
+def progress(place: Path) -> int:
+    """Steps begun."""
+    text = (place / "progress").read_text() if (place / "progress").exists() else ""
+    return int(text or 0)
+
+
+def wait_for_step(step: int, place: Path, process) -> None:
+    limit = time.monotonic() + LIMIT
+    while progress(place) < step:
+        assert process.poll() is None and time.monotonic() < limit, finish(process, 1)
+        time.sleep(0.02)
+
+
+def numbers_of(done) -> dict:
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for together, alone in (found["losses"], found["grad_norms"]):
+        assert together == pytest.approx(alone, rel=1e-5)
+    return found
+
+
+@pytest.mark.parametrize("ranks", [(1, 1, 1, 1), (2, 2, 2, 2), (3, 2, 1)], ids=str)
+def test_training_over_hosts_gives_the_numbers_of_one_rank_and_shares_memory_inside_a_host_only(hosts, tmp_path, ranks):
+    done = finish(begin(hosts.command(ranks, SCRIPT, "10", cwd=tmp_path), tmp_path), LIMIT)
+    found = numbers_of(done)
+    assert found["places"] == [[f"host{number}", count] for number, count in enumerate(ranks, 1) for _ in range(count)]
+    if max(ranks) > 1:
+        assert found["why"] == "node: gradients and weights in shared memory, rings between nodes"
+    else:
+        assert found["why"] == "ring: messages between all replicas (no two replicas on one node)"
+
+
+def test_the_benchmark_runs_over_hosts_and_counts_them(hosts, tmp_path):
+    bench = ("-m", "mpitrain", "bench", "allreduce", "--kib", "64", "--repeats", "2", "--out", str(tmp_path))
+    done = finish(begin(hosts.command((2, 2, 2, 2), *bench, cwd=tmp_path), tmp_path), LIMIT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "allreduce-8.json").read_text())
+    assert (found["ranks"], found["nodes"]) == (8, 4)
+    assert {row["contender"] for row in found["seconds"]} == {"node", "ring", "ring16", "MPI", "gloo"}
+
+
+def test_a_host_whose_ranks_are_killed_ends_the_job_on_all_hosts(hosts, tmp_path):
+    mark = {"TEST_MARK": f"hosts-{os.getpid()}"}
+    process = begin(hosts.command((1, 2, 1), SCRIPT, "100000", cwd=tmp_path), tmp_path, **mark)
+    wait_for_step(5, tmp_path, process)
+    everything = processes_of(f"TEST_MARK={mark['TEST_MARK']}")
+    victims = [pid for pid in hosts.processes("host2") if SCRIPT in everything.get(pid, [])]
+    assert len(victims) >= 2, "no ranks there to kill"
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    done = finish(process, SECONDS)
+    assert done.returncode != 0, done.stdout + done.stderr
+    limit = time.monotonic() + SECONDS
+    while left := [pid for name in hosts.names for pid in hosts.processes(name)]:
+        assert time.monotonic() < limit, left
+        time.sleep(0.1)
+
+
+def test_a_link_that_is_cut_for_three_seconds_changes_no_number(hosts, tmp_path):
+    process = begin(hosts.command((1, 1, 1), SCRIPT, "30", "0.1", cwd=tmp_path), tmp_path)
+    wait_for_step(5, tmp_path, process)
+    hosts.cut("host2")
+    time.sleep(1)  # a step that was under way may still end
+    before = progress(tmp_path)
+    time.sleep(2)
+    stood_still = progress(tmp_path) == before
+    hosts.heal("host2")
+    found = numbers_of(finish(process, LIMIT))
+    assert stood_still and 5 <= before < 29, "the link was not cut while they trained"
+    assert len(found["losses"][0]) == 30
