@@ -98,7 +98,7 @@ def test_a_bf16_wire_moves_the_numbers_by_no_more_than_its_roundings(comm, algor
     assert 0 < relative(run.weights[10], reference.weights[10]) < rounding
 
 
-@pytest.mark.mpi(min_size=2, max_size=4)
+@pytest.mark.mpi(min_size=4, max_size=4)  # the fewest with two hosts of two
 @pytest.mark.parametrize(
     "algorithm, hosts, wire_dtype",
     [("ring", None, torch.bfloat16), ("native", None, None), ("auto", None, None), ("auto", "hosts of two", None)],
