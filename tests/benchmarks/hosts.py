@@ -41,7 +41,7 @@ def measure(hosts: Hosts, ranks: int, kib: str, repeats: int) -> dict[str, Any]:
 
 
 def show(ranks: int, found: dict[str, Any]) -> None:
-    """Times over bounds; the bound is that of the bytes brought, so that bf16 on the wire may go below it."""
+    """Times over bounds, all for the bytes brought: ring16 may halve them, and node brings fp32 gradients for bf16."""
     print(f"{NUM_HOSTS} hosts x {ranks}, {RATE}, {found['mpi']}: median of the slowest rank")
     for size in sorted({row["bytes"] for row in found["seconds"]}):
         seconds = {f"{row['dtype']} {row['contender']}": row for row in found["seconds"] if row["bytes"] == size}
