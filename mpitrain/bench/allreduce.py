@@ -1,6 +1,6 @@
 """`mpitrain bench allreduce`: our ways of summing gradients against MPI's own and gloo's, taking turns in one run.
 
-The time of a repeat is that of its slowest rank. All contenders meet the same state of the machine, because each repeat
+The time of a turn is that of its slowest rank. All contenders meet the same state of the machine, because each repeat
 runs all of them, in an order that turns. Every contender begins with a tensor on each rank and ends when each rank can
 read the sum; before any timing its sum is checked. Only the node algorithm sums fp32 gradients in the bf16 table too:
 it gives bf16 weights, as in training.
@@ -36,6 +36,7 @@ from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.device import share_cores
 
 WARM_UP = 3
+SHORT, MOST_CALLS = 1 << 22, 16  # bytes that a turn sums, though in several calls, as a training step does with buckets
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RATIOS = [("node", "MPI"), ("ring", "MPI"), ("node", "gloo")]
 
@@ -83,7 +84,8 @@ def bench_allreduce(comm: Comm, console: Console, *, sizes: Sequence[int], repea
         for dtype in DTYPES:
             for size in sorted(sizes, reverse=True):  # what does not fit into memory should be known at once
                 rows += _measure(comm, transport, dtype, size, repeats)
-            console.show(table_of([row for row in rows if row.dtype == dtype]))
+            for table in tables_of([row for row in rows if row.dtype == dtype]):
+                console.show(table)
     with together(comm, "writing results"):
         if comm.rank == 0 and out is not None:
             rows.sort(key=lambda row: row.bytes)
@@ -109,13 +111,16 @@ def _measure(comm: Comm, transport: Transport, dtype: str, size: int, repeats: i
 
 
 def _seconds(comm: Comm, contender: Contender) -> float:
-    """How long the slowest rank took."""
-    contender.values.fill_(1 / comm.size)  # sums of sums would overflow
+    """How long a call took on the slowest rank; a turn is several calls if they are short."""
+    num_bytes = contender.values.numel() * contender.values.itemsize
+    num_calls = max(1, min(MOST_CALLS, SHORT // num_bytes))
+    contender.values.fill_(1 / comm.size)  # or sums of sums of sums would overflow
     comm.Barrier()
     began = perf_counter()
-    contender.run()
+    for _ in range(num_calls):
+        contender.run()
     elapsed = perf_counter() - began
-    return float(max(collect(comm, elapsed)))
+    return float(max(collect(comm, elapsed))) / num_calls
 
 
 def _check(comm: Comm, name: str, contender: Contender) -> None:
@@ -192,20 +197,25 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def table_of(rows: Sequence[Row]) -> Table:
-    """Milliseconds by size, the ratios that matter, and the worst spread: half the distance of the quartiles."""
+def tables_of(rows: Sequence[Row]) -> list[Table]:
+    """Milliseconds by size with the worst spread, half the distance of the quartiles; and the ratios that matter."""
     names = list(dict.fromkeys(row.contender for row in rows))
     ratios = [(one, other) for one, other in RATIOS if {one, other} <= set(names)]
-    title = f"{rows[0].dtype}: median of the slowest rank's milliseconds, ± the worst spread of the row"
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left", header_style="bold")
-    for name in ("KiB", *names, *(f"{one}/{other}" for one, other in ratios), "±"):
-        table.add_column(name, justify="right", no_wrap=True)
+    times = _table(f"{rows[0].dtype}: a call on the slowest rank in ms, median; ± the worst spread", *names, "±")
+    quotients = _table(f"{rows[0].dtype}: ratios of medians", *(f"{one}/{other}" for one, other in ratios))
     for size in sorted({row.bytes for row in rows}):
         found = {row.contender: row for row in rows if row.bytes == size}
-        cells = [f"{1e3 * row.median:.3g}" for row in found.values()]
-        cells += [f"{found[one].median / found[other].median:.2f}" for one, other in ratios]
         spread = max((row.upper - row.lower) / row.median / 2 for row in found.values())
-        table.add_row(f"{size >> 10:,}", *cells, f"{spread:.0%}")
+        times.add_row(f"{size >> 10:,}", *(f"{1e3 * row.median:.3g}" for row in found.values()), f"{spread:.0%}")
+        cells = (f"{found[one].median / found[other].median:.2f}" for one, other in ratios)
+        quotients.add_row(f"{size >> 10:,}", *cells)
+    return [times, quotients]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", header_style="bold")
+    for name in ("KiB", *columns):
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

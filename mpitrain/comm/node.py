@@ -28,7 +28,7 @@ from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm, collect
 from mpitrain.split import UNIT, aligned_part
 
-CHUNK = 1 << 18  # elements that are summed over all ranks before the next: they stay in a core's cache
+CHUNK = 1 << 18  # elements
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class _Share:
         others: [size of the slice] each, of the other ranks of the node, in the order of their ranks.
         lists: of the other ranks, as in `Window`.
         weights: [size of the slice].
+        chunks: `summed` and `others` cut at the same places, for as many elements as stay in a core's cache.
     """
 
     start: int
@@ -48,6 +49,7 @@ class _Share:
     others: list[torch.Tensor]
     lists: list[torch.Tensor]
     weights: torch.Tensor
+    chunks: list[tuple[torch.Tensor, ...]]
 
 
 class NodeExchange(Exchange):
@@ -102,14 +104,10 @@ class NodeExchange(Exchange):
         node, window = self._node, self._window
         start, stop = aligned_part(node.rank, bucket.size, self._num_slices) if node.rank < self._num_slices else (0, 0)
         weights, gradients, lists = (part[number] for part in (window.weights, window.gradients, window.lists))
-        others = [rank for rank in range(node.size) if rank != node.rank]
-        share = _Share(
-            start,
-            gradients[node.rank, start:stop],
-            [gradients[rank, start:stop] for rank in others],
-            [lists[rank] for rank in others],
-            weights[start:stop],
-        )
+        ranks = [node.rank, *(rank for rank in range(node.size) if rank != node.rank)]
+        summed, *others = (gradients[rank, start:stop] for rank in ranks)
+        chunks = list(zip(*(torch.split(part, CHUNK) for part in (summed, *others)), strict=True))
+        share = _Share(start, summed, others, [lists[rank] for rank in ranks[1:]], weights[start:stop], chunks)
         first, last = aligned_part(self._partners.rank, stop - start, self._partners.size)
         bucket.attach(weights, gradients[node.rank], (start + first, start + last), share.summed[first:last])
         return share
@@ -127,11 +125,9 @@ class NodeExchange(Exchange):
         if bucket.num_rows:
             self._reduce_rows(bucket, share, self._wires[number][1] if self._wires else None)
             return
-        for start in range(0, len(share.summed), CHUNK):
-            part = slice(start, start + CHUNK)
-            summed = share.summed[part]
-            for other in share.others:
-                summed += other[part]
+        for summed, *others in share.chunks:
+            for other in others:
+                summed += other
         self._sums[number]()
 
     def _reduce_rows(self, bucket: Bucket, share: _Share, wire: Wire | None) -> None:

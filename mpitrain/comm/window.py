@@ -134,7 +134,8 @@ class Window:
                 meanwhile()
             return bool(min(flags.tolist()) >= wanted)
 
-        transport.wait_until(done)
+        if min(flags.tolist()) < wanted:
+            transport.wait_until(done)
         self._window.Sync()
 
     def close(self) -> None:
