@@ -38,9 +38,11 @@ lint: $(VENV)/.installed-dev  ## style, spelling, types, import rules, shell scr
 	$(BIN)/codespell
 	$(BIN)/shellcheck -x .ci/run jobs/*.sh
 
-bench: $(VENV)/.installed-dev  ## our all-reduce beside MPI's own and gloo's, on 2, 4 and 8 ranks, into tests/benchmarks/results
+bench: $(VENV)/.installed-dev  ## all-reduce and training steps beside others' on 2, 4 and 8 ranks, into tests/benchmarks/results
 	for ranks in 2 4 8; do \
 	  $(BIN)/mpirun -np $$ranks $(BIN)/python -m mpitrain bench allreduce --out $(RESULTS) $(ARGS) || exit; done
+	$(BIN)/python tests/benchmarks/compare_step.py --out $(RESULTS)
+	if $(BIN)/python tests/support/hosts.py; then $(BIN)/python tests/benchmarks/hosts.py --out $(RESULTS); fi
 
 clean:  ## remove environments and caches; runs are kept
 	rm -rf .venv .venv-* dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

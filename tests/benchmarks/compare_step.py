@@ -4,7 +4,7 @@
 
 A row is model : global batch : ranks. Both jobs are started by mpirun and stay; who is not at turn is stopped by
 signal, so that it takes no core. Where both do not fit into memory, jobs are started anew for every turn. Memory is the
-proportional set size (PSS) of all ranks, read from outside after the first turn.
+proportional set size (PSS) of all ranks, read from outside after each turn; the largest counts.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from importlib.metadata import distributions
 from pathlib import Path
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 RESULTS = HERE / "results"
-# Model, global batch, ranks, bytes that both jobs need at once (measured once, generously).
 ROWS = ["minilm-l6:64:2", "minilm-l6:64:4", "minilm-l6:64:8", "bert-base-uncased:32:2", "bert-base-uncased:32:8"]
 LENGTHS = HERE / "lengths.txt"
 
@@ -56,7 +56,7 @@ class Job:
             raise SystemExit(f"{' '.join(self.command)} ended with code {self.process.wait()}")
         result = json.loads(line)
         self.rates.append(result["tokens"] / result["seconds"])
-        self.pss = self.pss or sum(map(pss_of, descendants(self.process.pid)))
+        self.pss = max(self.pss, sum(map(pss_of, descendants(self.process.pid))))
         self._signal(signal.SIGSTOP)
 
     def end(self) -> None:
@@ -129,6 +129,18 @@ def compare(row: str, options: argparse.Namespace, folder: Path) -> dict[str, ob
     }
 
 
+def facts() -> dict[str, object]:
+    """Machine, versions, command."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    packages = {"mpitrain", "torch", "transformers", "mpi4py", "mpich", "openmpi"}
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "cpu": next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {each.name: each.version for each in distributions() if each.name in packages},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=ROWS)
@@ -154,7 +166,7 @@ def main() -> None:
                 flush=True,
             )
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "step.json").write_text(json.dumps({"rows": found}, indent=1) + "\n")
+    (options.out / "step.json").write_text(json.dumps(facts() | {"rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
