@@ -42,7 +42,7 @@ bench: $(VENV)/.installed-dev  ## all-reduce and training steps beside others' o
 	for ranks in 2 4 8; do \
 	  $(BIN)/mpirun -np $$ranks $(BIN)/python -m mpitrain bench allreduce --out $(RESULTS) $(ARGS) || exit; done
 	$(BIN)/python tests/benchmarks/compare_step.py --out $(RESULTS)
-	if $(BIN)/python tests/support/hosts.py; then $(BIN)/python tests/benchmarks/hosts.py --out $(RESULTS); fi
+	if $(BIN)/python tests/support/hosts.py; then $(BIN)/python tests/benchmarks/network.py --out $(RESULTS); fi
 
 clean:  ## remove environments and caches; runs are kept
 	rm -rf .venv .venv-* dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

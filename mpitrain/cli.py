@@ -29,8 +29,8 @@ COMMANDS = {
     "inspect": "show what is in a shard directory or a checkpoint",
     "bench": "time our all-reduce beside MPI's own and gloo's, or a training step",
 }
-OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", "--kib", "--repeats", "--steps", "--lengths"}
-OWN_FLAGS |= {"--await-turns"}
+BENCH_FLAGS = {"allreduce": ["--kib"], "step": ["--steps", "--lengths", "--await-turns"]}
+OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", "--repeats"}.union(*BENCH_FLAGS.values())
 SIZES = [4**power for power in range(3, 10)]  # KiB: 64 KiB to 256 MiB
 
 
@@ -57,8 +57,8 @@ def command_parser(command: str) -> _Parser:
     if command == "bench":
         parser.add_argument("what", choices=["allreduce", "step"], help="what to time")
         parser.add_argument("--repeats", type=_count, default=21, metavar="N", help="turns of each contender")
-        parser.add_argument("--kib", type=_counts, default=SIZES, metavar="N,N,...", help="allreduce: sizes")
-        parser.add_argument("--steps", type=_count, default=1, metavar="N", help="step: steps in a turn")
+        parser.add_argument("--kib", type=_counts, metavar="N,N,...", help="allreduce: sizes")
+        parser.add_argument("--steps", type=_count, metavar="N", help="step: steps in a turn")
         parser.add_argument("--lengths", type=Path, metavar="FILE", help="step: lines of a length and how many have it")
         parser.add_argument("--await-turns", action="store_true", help="step: a line of standard input starts a turn")
     return parser
@@ -239,20 +239,24 @@ def _export(world: Any, options: argparse.Namespace, settings: Config, console: 
 
 
 def _bench(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    from mpitrain.bench.allreduce import bench_allreduce
-    from mpitrain.bench.step import bench_step
-
+    for flag in BENCH_FLAGS["step" if options.what == "allreduce" else "allreduce"]:
+        if getattr(options, flag.removeprefix("--").replace("-", "_")):
+            raise on_all_ranks(UsageError(f"{flag} is no flag of bench {options.what}"))
     if options.what == "allreduce":
-        sizes = [1024 * kib for kib in options.kib]
+        from mpitrain.bench.allreduce import bench_allreduce
+
+        sizes = [1024 * kib for kib in options.kib or SIZES]
         bench_allreduce(world, console, sizes=sizes, repeats=options.repeats, out=settings.out)
     else:
+        from mpitrain.bench.step import bench_step
+
         bench_step(
             world,
             settings,
             console,
             lengths=options.lengths,
             repeats=options.repeats,
-            steps=options.steps,
+            steps=options.steps or 1,
             await_turns=options.await_turns,
         )
     return ExitCode.DONE

@@ -136,7 +136,7 @@ class Comm(Section):
     library says that it takes device memory and a check in a child process agrees"""
 
     @model_validator(mode="after")
-    def _native_sends_fp32(self) -> Self:
+    def _wire_fits(self) -> Self:
         if self.algorithm == "native" and self.wire_dtype == "bf16":
             raise ValueError("algorithm native sums in fp32 on the wire; take wire_dtype fp32, or algorithm ring")
         if self.error_feedback and self.wire_dtype != "bf16":
@@ -178,14 +178,17 @@ class Config(BaseSettings):
     @model_validator(mode="after")
     def _reproducible_sums_by_a_tree(self) -> Self:
         if self.train.reproducible and (self.comm.algorithm != "auto" or self.comm.wire_dtype == "bf16"):
-            raise ValueError("train.reproducible sums in fp32, by a tree; leave comm.algorithm and wire_dtype at auto")
+            raise ValueError(
+                "--train.reproducible sums in fp32, by a tree; leave --comm.algorithm and --comm.wire_dtype at auto"
+            )
         return self
 
     @model_validator(mode="after")
     def _residuals_have_one_scale(self) -> Self:
         if self.comm.error_feedback and self.train.precision == "fp16":
             raise ValueError(
-                "comm.error_feedback keeps gradients of earlier steps, fp16 changes their scale; take bf16"
+                "--comm.error_feedback keeps gradients of earlier steps, whose scale --train.precision fp16 changes; "
+                "take --train.precision bf16 or fp32"
             )
         return self
 
@@ -264,6 +267,9 @@ def _all_mistakes(error: ValidationError, file: Path | None, unknown: list[str])
 def describe(mistake: Any, prefix: str = "") -> str:
     """One of pydantic's findings in a line: field, what is wrong, what was found."""
     field = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("function-")) or "table"
+    if mistake["type"] == "value_error" and isinstance(mistake["input"], dict):  # of several fields, which it names
+        text = str(mistake["msg"]).removeprefix("Value error, ")
+        return f"{prefix}{field}: {text}" if mistake["loc"] else text
     if mistake["type"] == "extra_forbidden":
         return f"{prefix}{field}: no such field; found {mistake['input']!r}"
     return f"{prefix}{field}: {mistake['msg'][:1].lower()}{mistake['msg'][1:]}; found {mistake['input']!r}"

@@ -47,9 +47,9 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
         pipe: number of stages if neither axis is given, instead of the rule for training.
     """
     device = choose_device(comm, config.train.device)
-    direct, why = gpu.decide(comm, device, config.comm.gpu) if device.type == "cuda" else (True, "")
     num_threads, crowded = share_cores(comm, config.train.threads)
     shape, stages = attempt(comm, "choosing the mesh", lambda: _choose_mesh(comm.size, config, problem, pipe))
+    direct, why = gpu.decide(comm, device, config.comm.gpu) if device.type == "cuda" else (True, "")
     mesh = meshes.build(comm, *shape)
     transport = Transport(device, direct, crowded)
     say_place(comm, console, transport, why, num_threads)

@@ -96,12 +96,15 @@ def _refuse_foreign_checkpoints(run: Run, resumed: Path | None) -> None:
 
 
 def fill_residuals(run: Run, place: Path, manifest: Manifest) -> None:
-    """Take up what error feedback still has to send, if every rank finds its own (collective)."""
+    """Take up what error feedback still has to send, if ranks and buckets are what they were (collective)."""
     residuals = list(run.stepper.exchange.residuals(run.world.rank))
     if not any_rank(run.world, bool(residuals)):
         return
-    if any_rank(run.world, not holds(manifest, residuals)):
-        run.console.warn(f"{place}: holds no residuals for these ranks; error feedback begins anew")
+    now = describe_run(run)
+    then = attempt_at_root(run.world, f"reading {place}", lambda: _described(place))
+    same = all(then.get(key) == now[key] for key in ("mesh", "exchange")) and _comm_of(then) == _comm_of(now)
+    if any_rank(run.world, not (same and holds(manifest, residuals))):
+        run.console.warn(f"{place}: has no residuals of the same ranks and buckets; error feedback begins anew")
     else:
         fill(run.world, place, manifest, residuals)
 
@@ -110,13 +113,27 @@ def say_what_differs(run: Run, place: Path) -> None:
     """Warn of settings that a resumed run may change, but that somebody may have forgotten to repeat (collective)."""
     with together(run.world, f"reading {place}"):
         if run.world.rank == 0:
-            then = json.loads((place / "config.json").read_text(encoding="utf-8"))
-            now = describe_run(run)
-            for key, value in now["config"]["train"].items():
-                if key not in FREE_TO_CHANGE and then["config"]["train"].get(key) != value:
-                    run.console.warn(f"--train.{key} was {then['config']['train'].get(key)}, is {value} from here on")
+            then, now = _described(place), describe_run(run)
+            train = {key: value for key, value in now["config"]["train"].items() if key not in FREE_TO_CHANGE}
+            for section, settings in (("train", train), ("comm", _comm_of(now))):
+                for key, value in settings.items():
+                    before = then["config"][section].get(key, value)  # an older version may not have had it
+                    if before != value:
+                        run.console.warn(f"--{section}.{key} was {before}, is {value} from here on")
+            if then["mesh"] == now["mesh"] and then.get("exchange", now["exchange"]) != now["exchange"]:
+                run.console.warn(f"gradients were summed by {then['exchange']}, are by {now['exchange']} from here on")
             if then["num_steps"] != now["num_steps"]:
                 run.console.warn(f"the run was planned for {then['num_steps']} steps, now for {now['num_steps']}")
+
+
+def _described(place: Path) -> dict[str, Any]:
+    described: dict[str, Any] = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    return described
+
+
+def _comm_of(described: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the exchange that change its bits."""
+    return {key: value for key, value in described["config"]["comm"].items() if key != "gpu"}
 
 
 def _check_identity(place: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -158,7 +175,13 @@ def describe_run(run: Run) -> dict[str, Any]:
     return {
         "mpitrain": __version__,
         "config": run.config.model_dump(mode="json"),
-        "mesh": {"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": 1, "stages": run.place.stages},
+        "mesh": {
+            "data": mesh.num_replicas,
+            "pipe": mesh.num_stages,
+            "tensor": 1,
+            "stages": [list(stage) for stage in run.place.stages],
+        },
+        "exchange": type(run.stepper.exchange).__name__,
         "data": str(Path(run.config.data).resolve()) if Path(run.config.data).exists() else run.config.data,
         "shards": str(Path(run.problem.directory or "").resolve()),
         "num_steps": run.num_steps,

@@ -37,7 +37,7 @@ class StepResult:
         stop: some rank was asked to stop.
         seconds: of this rank, by part of the step.
         wire_errors: by stage and bucket, the norm of all rounding errors on the wire by that of the sum; empty if
-            nothing is rounded.
+            nothing is rounded; NaN where sums are not finite.
     """
 
     loss: float
@@ -120,10 +120,9 @@ class Stepper:
         mine = self.exchange.take_wire_errors()
         if not mine:
             return []
-        everyone = collect(self.mesh.data_axis, mine)
-        sums = [[sum(rank[bucket][which] for rank in everyone) for which in (0, 1)] for bucket in range(len(mine))]
-        relative = [math.sqrt(lost / square) if square > 0 and math.isfinite(lost) else 0.0 for lost, square in sums]
-        return collect(self.mesh.world, relative)[: self.mesh.num_stages]  # the first replica's stages are these ranks
+        sums = total(self.mesh.data_axis, np.array(mine)).tolist()
+        relative = [math.sqrt(lost / square) if square else 0.0 for lost, square in sums]
+        return collect(self.mesh.pipe_axis, relative)
 
     def _exact_squares(self) -> float:
         """The sum of squares over all ranks on the first rank, 0 on others: no mesh changes a bit of it."""

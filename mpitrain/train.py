@@ -117,8 +117,10 @@ def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, pa
     }
     if run.world.rank == 0:
         # JSON has no NaN and no infinity.
-        finite = {key: None if not math.isfinite(value) else value for key, value in metrics.items()}
-        run.directory.add_metrics(finite | ({"wire_error": result.wire_errors} if result.wire_errors else {}))
+        finite: dict[str, Any] = {key: None if not math.isfinite(value) else value for key, value in metrics.items()}
+        if result.wire_errors:
+            finite["wire_error"] = [[e if math.isfinite(e) else None for e in stage] for stage in result.wire_errors]
+        run.directory.add_metrics(finite)
     if not result.updated:
         run.console.warn(f"step {plan.step + 1}: loss or gradient is not finite; all ranks skip this update")
     run.console.step(metrics, run.num_steps)

@@ -86,3 +86,12 @@ def test_lengths_that_cannot_be_read_are_named(tmp_path, content):
     done = mpitrain(2, "bench", "step", *STEP, "--lengths", "lengths", cwd=tmp_path)
     assert done.returncode == 65, done.stdout + done.stderr
     assert "--lengths lengths: needs lines of a length and a number of sequences" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "what, flag", [("allreduce", "--steps 2"), ("allreduce", "--await-turns"), ("step", "--kib 64")]
+)
+def test_a_flag_of_the_other_benchmark_is_refused(tmp_path, what, flag):
+    done = mpitrain(2, "bench", what, *flag.split(), cwd=tmp_path)
+    assert done.returncode == 64, done.stdout + done.stderr
+    assert f"{flag.split()[0]} is no flag of bench {what}" in done.stderr

@@ -138,5 +138,22 @@ def test_the_help_names_every_field_with_its_meaning():
 
 @pytest.mark.parametrize("flags", [["--comm.algorithm", "ring"], ["--comm.wire_dtype", "bf16"]])
 def test_reproducible_sums_leave_no_choice_of_an_algorithm(flags):
-    with pytest.raises(UsageError, match=r"reproducible sums in fp32, by a tree; leave comm.algorithm"):
+    with pytest.raises(UsageError, match=r"reproducible sums in fp32, by a tree; leave --comm.algorithm"):
         config.load(["--train.reproducible", "true", *flags])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--comm.error_feedback", "true"], "error_feedback sends what a bf16 wire loses"),
+        (
+            ["--comm.error_feedback", "true", "--comm.wire_dtype", "bf16", "--train.precision", "fp16"],
+            "\n  --comm.error_feedback keeps gradients of earlier steps, whose scale --train.precision fp16 changes; "
+            "take --train.precision bf16 or fp32",
+        ),
+    ],
+)
+def test_error_feedback_needs_a_wire_that_rounds_and_gradients_of_one_scale(flags, words):
+    with pytest.raises(UsageError) as error:
+        config.load(flags)
+    assert words in str(error.value) and "found {" not in str(error.value)

@@ -29,7 +29,7 @@ from mpitrain.comm.buckets import Bucket
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.choice import choose_exchange
 from mpitrain.comm.exchange import Exchange
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.files import user_path
 from mpitrain.observe.console import Console
 from mpitrain.runtime.agree import Comm, collect, share, together
@@ -144,7 +144,11 @@ def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Itera
         return Contender(values, lambda: (reduce(), values)[1])
 
     bucket = Bucket([("values", torch.nn.Parameter(torch.zeros(values.shape, dtype=values.dtype)))])
-    exchange, _ = choose_exchange(comm, comm, transport, [bucket], values.dtype, algorithm="node", overlapped=False)
+    try:
+        exchange, _ = choose_exchange(comm, comm, transport, [bucket], values.dtype, algorithm="node", overlapped=False)
+    except UsageError as error:
+        size = values.nbytes >> 10
+        raise on_all_ranks(UsageError(f"--kib {size}: smaller sizes would work ({error})")) from None
     found = {"node": Contender(bucket.gradients, lambda: _by_node(exchange, bucket))}
     found["ring"] = in_place(ring.AllReduce(comm, values, transport))
     if values.dtype == torch.float32:

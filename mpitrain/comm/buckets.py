@@ -89,13 +89,13 @@ class Bucket:
         for name, parameter in named_parameters:
             self.members.append(Member(name, parameter, self.size, self.size + parameter.numel()))
             self.size += -(-parameter.numel() // UNIT) * UNIT
-        shape = self.members[0].parameter.shape if by_rows else ()
+        shape = tuple(self.members[0].parameter.shape) if by_rows else ()
         self.num_rows = shape[0] if shape and shape[1] % UNIT == 0 else 0
 
     def attach(
         self, weights: torch.Tensor, gradients: torch.Tensor, owned: tuple[int, int], reduced: torch.Tensor
     ) -> None:
-        """Make the parameters views of this memory; of the weights only the own part is written, by its owner."""
+        """Make the parameters views of this memory, gradients being zero; of the weights each owner writes its part."""
         self.weights, self.gradients, self.owned, self.reduced = weights, gradients, owned, reduced
         for member in self.members:
             self._own(member)
@@ -118,7 +118,7 @@ class Bucket:
         """Move the gradient that backward has left at a member to the bucket's memory, or add it to what is there."""
         member = self.members[index]
         found, member.parameter.grad = member.parameter.grad, None
-        assert found is not None
+        assert found is not None and (found.is_sparse or not self.num_rows), member.name
         held = self.gradients[member.start : member.stop].view(found.shape)
         first = index in self._missing
         self._missing.discard(index)
@@ -139,9 +139,16 @@ class Bucket:
             held.zero_()
         held.index_add_(0, rows, values)
 
+    def without_rows(self) -> None:
+        """Treat a table like anything else, for who sums whole tensors only."""
+        self.num_rows = 0
+
     def touched_rows(self) -> torch.Tensor:
         """int64, ascending numbers of the rows that this rank has gradients of."""
-        return torch.unique(torch.cat(self._rows)) if self._rows else torch.empty(0, dtype=torch.int64)
+        if not self._rows:
+            return torch.empty(0, dtype=torch.int64, device=self.gradients.device)
+        rows: torch.Tensor = torch.unique(torch.cat(self._rows))
+        return rows
 
     def blocks_of(self, rows: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Numbers of the blocks of UNIT elements that are these rows, inside [start, stop) and counted from there."""

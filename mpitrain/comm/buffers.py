@@ -35,7 +35,7 @@ class Transport:
 
     Attributes:
         direct: MPI gets the tensors' own memory; by default that of CPU tensors only.
-        patient: ranks outnumber cores: sleep between looks at what takes long.
+        patient: ranks outnumber cores, on some node: sleep between looks at what takes long. The same on all ranks.
         background: another thread of this rank computes meanwhile: sleep from the first look on.
     """
 

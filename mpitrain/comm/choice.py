@@ -1,7 +1,7 @@
 """Which exchange a run takes: what was asked for, else shared memory where ranks share a node and it has room.
 
-The choice hangs on the topology alone, never on a timing, so that a resumed run computes the same bits. `bench
-allreduce` shows that little is lost by that at the sizes of buckets.
+The choice hangs on the topology and on the room in shared memory, never on a timing, so that a resumed run computes
+the same bits. `bench allreduce` shows that little is lost by that at the sizes of buckets.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ def choose_exchange(
         UsageError: `node` was asked for and cannot be had.
     """
     if reproducible:
-        exchange = MessageExchange(data_axis, transport, buckets, dtype, reduce_scatter=_planned(tree.reduce_scatter))
+        by_tree = _planned(tree.reduce_scatter)
+        exchange = MessageExchange(data_axis, transport, buckets, dtype, reduce_scatter=by_tree, by_rows=False)
         return exchange, "tree: the same sums, bit for bit, on any mesh of powers of two"
     if algorithm == "native":
-        collectives = (_planned(native.reduce_scatter), _planned(native.all_gather))
+        reduce_scatter, all_gather = _planned(native.reduce_scatter), _planned(native.all_gather)
         exchange = MessageExchange(
-            data_axis, transport, buckets, dtype, reduce_scatter=collectives[0], all_gather=collectives[1]
+            data_axis, transport, buckets, dtype, reduce_scatter=reduce_scatter, all_gather=all_gather, by_rows=False
         )
         return exchange, "native: MPI's own collectives"
     wire = f" in {str(wire_dtype).removeprefix('torch.')}" if wire_dtype is not None else ""

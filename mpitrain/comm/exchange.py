@@ -36,7 +36,7 @@ class Exchange(ABC):
         self.buckets = buckets
         self.transport = transport
         self.reducing = replace(transport, background=overlapped)
-        self._wires: list[tuple[int, Wire]] = []  # of each bucket, with where in it the wire's tensor begins
+        self._wires: list[Wire | None] = []  # of each bucket
 
     @abstractmethod
     def reduce(self, number: int) -> None:
@@ -44,14 +44,17 @@ class Exchange(ABC):
 
     def take_wire_errors(self) -> list[tuple[float, float]]:
         """Sums of squares, by bucket, of what this rank's roundings have lost in a step and of the sums it owns."""
-        owned = (float(bucket.reduced.double().square().sum()) for bucket in self.buckets if self._wires)
-        return list(zip((wire.take_squared_error() for _, wire in self._wires), owned, strict=True))
+        return [
+            (wire.take_squared_error(), float(bucket.reduced.double().square().sum()))
+            for bucket, wire in zip(self.buckets, self._wires, strict=True)
+            if wire is not None
+        ]
 
     def residuals(self, rank: int) -> Iterator[StateSlice]:
         """What roundings have lost and is still to be sent: state that nobody but this rank has."""
-        for bucket, (start, wire) in zip(self.buckets, self._wires, strict=False):
-            if wire.residual is not None:
-                yield from bucket.slices_of(f"residual-{rank}", start, wire.residual)
+        for bucket, wire in zip(self.buckets, self._wires, strict=True):
+            if wire is not None and wire.residual is not None:
+                yield from bucket.slices_of(f"residual-{rank}", wire.start, wire.residual)
 
     @abstractmethod
     def spread(self) -> None:
@@ -75,6 +78,7 @@ class MessageExchange(Exchange):
         *,
         reduce_scatter: PlanReduceScatter = ring.ReduceScatter,
         all_gather: PlanAllGather = ring.AllGather,
+        by_rows: bool = True,
         wire_dtype: torch.dtype | None = None,
         error_feedback: bool = False,
         overlapped: bool = True,
@@ -88,6 +92,7 @@ class MessageExchange(Exchange):
             dtype: of the weights.
             reduce_scatter: gives what sums a flat tensor in place, cut as `split.aligned_part` does.
             all_gather: likewise.
+            by_rows: tables of embeddings may be summed by rows instead.
             wire_dtype: of partial sums in messages, if not fp32; of the ring only.
             error_feedback: send what rounding has lost the next time.
             overlapped: `reduce` is called in a thread beside the backward pass.
@@ -98,12 +103,13 @@ class MessageExchange(Exchange):
         self._gathers: list[Run] = []
         landing = Landing()
         for bucket in buckets:
-            if reduce_scatter is not ring.ReduceScatter:
-                bucket.num_rows = 0  # these know of no rows
+            if not by_rows:
+                bucket.without_rows()
             wire = None
             if wire_dtype is not None:
-                wire = Wire(wire_dtype, bucket.size, feedback=error_feedback, device=transport.device)
-                self._wires.append((0, wire))
+                feedback = error_feedback and self._comm.size > 1
+                wire = Wire(wire_dtype, bucket.size, feedback=feedback, device=transport.device)
+            self._wires.append(wire)
             weights = torch.zeros(bucket.size, dtype=dtype, device=transport.device)
             gradients = torch.zeros(bucket.size, device=transport.device)
             owned = aligned_part(self._comm.rank, bucket.size, self._comm.size)
@@ -114,12 +120,13 @@ class MessageExchange(Exchange):
     def reduce(self, number: int) -> None:
         """Reduce-scatter in place."""
         bucket = self.buckets[number]
-        if bucket.num_rows:
-            wire = self._wires[number][1] if self._wires else None
-            touched = bucket.blocks_of(bucket.touched_rows().to(self.transport.device))
-            bucket.spoil(rows.reduce_scatter(self._comm, bucket.gradients, touched, self.reducing, wire))
-        else:
+        if not bucket.num_rows:
             self._sums[number]()
+            return
+        touched, wire = bucket.blocks_of(bucket.touched_rows()), self._wires[number]
+        bucket.spoil(
+            rows.reduce_scatter(self._comm, bucket.gradients, touched, self.reducing, wire, self._sums[number])
+        )
 
     def spread(self) -> None:
         """All-gather in place."""

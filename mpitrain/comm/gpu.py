@@ -47,6 +47,8 @@ def decide(comm: Comm, device: torch.device, wanted: str) -> tuple[bool, str]:
         wanted: auto, direct or staged.
     """
     first_on_node = place_on_node(comm)[0] == 0
+    if wanted == "auto" and comm.size == 1:
+        return False, "one rank sends nothing"
     if wanted == "auto":
         direct, why = claim(MPI.Get_library_version(), os.environ, library_says_yes())
         if direct and first_on_node:  # a child for each rank would find out the same, and load torch as often

@@ -94,8 +94,9 @@ class NodeExchange(Exchange):
         for share in self._shares:
             wire = None
             if wire_dtype is not None:
-                wire = Wire(wire_dtype, len(share.summed), feedback=error_feedback)
-                self._wires.append((share.start, wire))
+                feedback = error_feedback and self._partners.size > 1
+                wire = Wire(wire_dtype, len(share.summed), start=share.start, feedback=feedback)
+            self._wires.append(wire)
             self._sums.append(ring.ReduceScatter(self._partners, share.summed, self.reducing, wire, landing))
         self._gathers = [ring.AllGather(self._partners, share.weights, transport) for share in self._shares]
         node.Barrier()
@@ -123,15 +124,16 @@ class NodeExchange(Exchange):
         self._window.raise_flag(FILLED)
         self._window.wait_for(FILLED, self.reducing, self._progress)
         if bucket.num_rows:
-            self._reduce_rows(bucket, share, self._wires[number][1] if self._wires else None)
+            self._reduce_rows(number)
             return
         for summed, *others in share.chunks:
             for other in others:
                 summed += other
         self._sums[number]()
 
-    def _reduce_rows(self, bucket: Bucket, share: _Share, wire: Wire | None) -> None:
+    def _reduce_rows(self, number: int) -> None:
         """The same, of what is not zero in the slice: whole blocks of it."""
+        bucket, share = self.buckets[number], self._shares[number]
         stop = share.start + len(share.summed)
         shape = (len(share.summed) // UNIT, UNIT)
         summed = share.summed.view(shape)
@@ -141,7 +143,9 @@ class NodeExchange(Exchange):
             summed.index_add_(0, theirs, other.view(shape).index_select(0, theirs))
             blocks.append(theirs)
         touched = torch.unique(torch.cat(blocks))
-        arrived = rows.reduce_scatter(self._partners, share.summed, touched, self.reducing, wire)
+        arrived = rows.reduce_scatter(
+            self._partners, share.summed, touched, self.reducing, self._wires[number], self._sums[number]
+        )
         bucket.spoil(torch.cat([touched, arrived]) + share.start // UNIT if arrived is not None else None)
 
     def spread(self) -> None:

@@ -7,10 +7,11 @@ ranks together find that this is less than what a ring would send; else the ring
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
-from mpitrain.comm import ring
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm
@@ -25,7 +26,8 @@ def reduce_scatter(
     flat: torch.Tensor,
     blocks: torch.Tensor,
     transport: Transport,
-    wire: Wire | None = None,
+    wire: Wire | None,
+    otherwise: Callable[[], None],
 ) -> torch.Tensor | None:
     """Leave the sum over ranks in this rank's chunk of a tensor that is mostly zero (collective).
 
@@ -35,6 +37,7 @@ def reduce_scatter(
         blocks: int64, ascending numbers of the blocks of UNIT elements that may differ from zero.
         transport: how to wait, and how device memory travels.
         wire: rounds what is sent; nothing is rounded if None.
+        otherwise: runs a ring's reduce-scatter of `flat`.
 
     Returns:
         The blocks of the own chunk that others have brought, or None if the ring ran: then all of `flat` is changed.
@@ -46,7 +49,7 @@ def reduce_scatter(
     counts = _gather_counts(comm, [len(part) for part in parts], transport)
     dtype = wire.dtype if wire else flat.dtype
     if _busiest(counts) * (UNIT * dtype.itemsize + NUMBER_BYTES) >= _ring_bytes(flat.numel(), comm.size, dtype):
-        ring.ReduceScatter(comm, flat, transport, wire)()
+        otherwise()
         return None
     table = flat.view(flat.numel() // UNIT, UNIT)
     senders = [rank for rank in range(comm.size) if rank != comm.rank and counts[rank, comm.rank]]

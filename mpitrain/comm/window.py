@@ -21,7 +21,7 @@ from mpitrain.runtime.agree import Comm
 
 PAGE = 4096
 FLAG_STRIDE = 8  # int64, a cache line
-FILLED, WRITTEN = range(2)  # what flags count: buckets with gradients, rounds of weights
+FILLED, WRITTEN = KINDS = range(2)  # what flags count: buckets with gradients, rounds of weights
 
 
 def _pages(num_bytes: int) -> int:
@@ -53,7 +53,7 @@ class Layout:
     @property
     def weights(self) -> int:
         """Where the weights begin, behind the flags."""
-        return _pages(2 * self.num_ranks * FLAG_STRIDE * 8)
+        return _pages(len(KINDS) * self.num_ranks * FLAG_STRIDE * 8)
 
     @property
     def gradients(self) -> int:
@@ -107,8 +107,8 @@ class Window:
         lists = ranks[:, layout.lists : layout.lists + 4 * sum(list_sizes)].view(torch.int32)
         self.lists = list(torch.split(lists, list_sizes, dim=1))
         size = node.size * FLAG_STRIDE
-        flags = memory[: 2 * size * 8].cast("q")
-        self._flags = [flags[kind * size : (kind + 1) * size : FLAG_STRIDE] for kind in (FILLED, WRITTEN)]
+        flags = memory[: len(KINDS) * size * 8].cast("q")
+        self._flags = [flags[kind * size : (kind + 1) * size : FLAG_STRIDE] for kind in KINDS]
         for kind in self._flags:
             kind[node.rank] = 0
         node.Barrier()

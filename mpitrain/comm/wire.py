@@ -22,17 +22,24 @@ class Wire:
     """
 
     def __init__(
-        self, dtype: torch.dtype, size: int = 0, *, feedback: bool = False, device: torch.device = CPU
+        self,
+        dtype: torch.dtype,
+        size: int = 0,
+        *,
+        start: int = 0,
+        feedback: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         """Send parts of a tensor of `size` elements in `dtype`."""
-        self.dtype = dtype
+        self.dtype, self.start = dtype, start
         self.residual = torch.zeros(size, device=device) if feedback else None
         self._squared_error: torch.Tensor | float = 0.0
 
     def round(self, flat: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         """A part of `flat` as it is sent; with feedback the part itself is changed, too.
 
-        Infinities are seen by all in the sum, and their step is skipped; they do not stay in the residual.
+        Infinities are seen by all in the sum, and their step is skipped; they do not stay in the residual, but what was
+        held before has gone with that step.
         """
         if part.dtype == self.dtype:
             return part

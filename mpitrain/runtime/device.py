@@ -8,7 +8,7 @@ import torch
 from mpi4py import MPI
 
 from mpitrain.errors import UsageError, on_all_ranks
-from mpitrain.runtime.agree import Comm, collect
+from mpitrain.runtime.agree import Comm, any_rank, collect
 
 
 def choose_device(comm: Comm, wanted: str) -> torch.device:
@@ -38,7 +38,7 @@ def place_on_node(comm: Comm) -> tuple[int, int]:
 
 
 def share_cores(comm: Comm, threads: int | None) -> tuple[int, bool]:
-    """Set the compute threads of this rank; returns them and whether ranks outnumber cores here (collective).
+    """Set the compute threads of this rank; returns them and whether ranks outnumber cores anywhere (collective).
 
     Ranks whose affinity masks are equal share those cores evenly, unless `threads` or OMP_NUM_THREADS says otherwise.
     """
@@ -49,4 +49,4 @@ def share_cores(comm: Comm, threads: int | None) -> tuple[int, bool]:
     told = os.environ.get("OMP_NUM_THREADS", "")  # job scripts say it there
     num_threads = threads or (int(told) if told.isdigit() and int(told) else max(1, len(mask) // num_sharing))
     torch.set_num_threads(num_threads)
-    return num_threads, num_sharing > len(mask)
+    return num_threads, any_rank(comm, num_sharing > len(mask))

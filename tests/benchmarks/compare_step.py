@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
@@ -53,7 +54,8 @@ class Job:
             if line.startswith("{"):
                 break
         else:
-            raise SystemExit(f"{' '.join(self.command)} ended with code {self.process.wait()}")
+            code, self.process = self.process.wait(), None
+            raise SystemExit(f"{' '.join(self.command)} ended with code {code}")
         result = json.loads(line)
         self.rates.append(result["tokens"] / result["seconds"])
         self.pss = max(self.pss, sum(map(pss_of, descendants(self.process.pid))))
@@ -63,7 +65,8 @@ class Job:
         """Take it away."""
         if self.process is not None:
             for pid in [*descendants(self.process.pid), self.process.pid]:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
 
@@ -92,7 +95,8 @@ def available_memory() -> int:
 def contenders(row: str, options: argparse.Namespace, folder: Path, number: int) -> dict[str, Job]:
     model, batch, ranks = row.split(":")
     launch = [str(BIN / "mpirun"), "-np", ranks, sys.executable]
-    turns = ["--repeats", str(options.repeats), "--steps", str(options.steps), "--lengths", str(LENGTHS)]
+    # One turn more than is asked for: after the last one they wait for it, and can be looked at.
+    turns = ["--repeats", str(options.repeats + 1), "--steps", str(options.steps), "--lengths", str(LENGTHS)]
     ours = ["-m", "mpitrain", "bench", "step", "--await-turns", *turns, "--model", model]
     ours += ["--train.batch_size", batch, "--train.micro_batches", ranks, "--train.precision", options.precision]
     ours += ["--mesh.data", ranks, *options.flags]

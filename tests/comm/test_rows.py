@@ -34,7 +34,8 @@ def sparse_flat(rank: int, num_blocks: int, touched: int) -> tuple[torch.Tensor,
 )
 def test_the_own_chunk_holds_the_sum_and_the_ring_runs_where_it_is_cheaper(comm, num_blocks, touched, dense):
     mine, blocks = sparse_flat(comm.rank, num_blocks, touched + comm.rank % 2 * (touched > 0))
-    arrived = rows.reduce_scatter(comm, mine, blocks, Transport())
+    otherwise = ring.ReduceScatter(comm, mine, Transport())
+    arrived = rows.reduce_scatter(comm, mine, blocks, Transport(), None, otherwise)
     own = slice(*aligned_part(comm.rank, num_blocks * UNIT, comm.size))
     expected = sum(sparse_flat(rank, num_blocks, touched + rank % 2 * (touched > 0))[0] for rank in range(comm.size))
     torch.testing.assert_close(mine[own], expected[own], rtol=1e-6, atol=1e-6)
@@ -48,7 +49,7 @@ def test_the_own_chunk_holds_the_sum_and_the_ring_runs_where_it_is_cheaper(comm,
 def test_rows_are_rounded_on_the_wire_and_summed_in_fp32(comm):
     flat, block = torch.zeros(1000 * UNIT), torch.zeros(1, dtype=torch.int64)
     flat[:UNIT] = 1.0 if comm.rank else 256.5  # the own value is not rounded: 256.5 is none in bf16
-    rows.reduce_scatter(comm, flat, block, Transport(), Wire(torch.bfloat16))
+    rows.reduce_scatter(comm, flat, block, Transport(), Wire(torch.bfloat16), lambda: pytest.fail("a ring"))
     if comm.rank == 0:
         assert torch.equal(flat[:UNIT], torch.full((UNIT,), 255.5 + comm.size))
 

@@ -66,7 +66,7 @@ def test_the_benchmark_runs_over_hosts_and_counts_them(hosts, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "allreduce-8.json").read_text())
     assert (found["ranks"], found["nodes"]) == (8, 4)
-    assert {row["contender"] for row in found["seconds"]} == {"node", "ring", "ring16", "MPI", "gloo"}
+    assert {row["contender"] for row in found["seconds"]} == {"node", "ring", "ring16", "native", "MPI", "gloo"}
 
 
 def test_a_host_whose_ranks_are_killed_ends_the_job_on_all_hosts(hosts, tmp_path):

@@ -1,6 +1,6 @@
 """How near our all-reduce comes to what a network allows, and how much of it a step hides: emulated hosts, as root.
 
-    python tests/benchmarks/hosts.py [--kib 16384,65536] [--repeats 10] [--ranks 1,2] [--out tests/benchmarks/results]
+    python tests/benchmarks/network.py [--kib 16384,65536] [--repeats 10] [--ranks 1,2] [--out tests/benchmarks/results]
 
 With h hosts at B bytes/s, no all-reduce of S bytes ends before 2 (h - 1) / h S / B, however many ranks a host has: the
 sum leaves each host in h - 1 parts and comes back in as many (Patarasuk and Yuan, 2009). Hosts share this machine's
@@ -89,9 +89,9 @@ def main() -> None:
         for row in document["seconds"]:
             row["bound"] = 2 * (NUM_HOSTS - 1) / NUM_HOSTS * row["bytes"] / BYTES_PER_SECOND
         show(ranks, document)
-        write(asked.out / f"hosts-{NUM_HOSTS}x{ranks}-{document['mpi'].split()[0].lower()}.json", document)
+        write(asked.out / f"network-{NUM_HOSTS}x{ranks}-{document['mpi'].split()[0].lower()}.json", document)
     hidden = measure_hidden(asked.repeats)
-    write(asked.out / f"hosts-hidden-{hidden['mpi'].split()[0].lower()}.json", hidden)
+    write(asked.out / f"network-hidden-{hidden['mpi'].split()[0].lower()}.json", hidden)
 
 
 def write(file: Path, document: dict[str, Any]) -> None:
