@@ -22,6 +22,7 @@ CRAY = "MPI VERSION    : CRAY MPICH version 8.1.28.29 (ANL base 3.4a2)\nMPI BUIL
 INTEL = "Intel(R) MPI Library 2021.16 for Linux* OS\n"
 MPICH = "MPICH Version:      5.0.2\nMPICH Device:       ch4:ucx\n"
 on_ranks = pytest.mark.mpi(min_size=1)
+on_two_ranks = pytest.mark.mpi(min_size=2)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,12 @@ def test_a_child_that_cannot_be_started_is_a_no():
 
 
 @on_ranks
+def test_one_rank_needs_no_check(monkeypatch):
+    monkeypatch.setattr(gpu, "try_out", lambda command: pytest.fail("a child was started"))
+    assert gpu.decide(MPI.COMM_SELF, CPU, "auto") == (False, "one rank sends nothing")
+
+
+@on_two_ranks
 def test_a_child_of_a_rank_sends_to_itself_as_a_world_of_its_own(comm, monkeypatch):
     monkeypatch.setattr(gpu, "library_says_yes", lambda: True)
     direct, why = gpu.decide(comm, CPU, "auto")
@@ -129,7 +136,7 @@ def test_other_contents_are_seen(comm, monkeypatch):
         gpu.exchange_with_itself(CPU)
 
 
-@on_ranks
+@on_two_ranks
 def test_a_check_that_fails_on_one_node_keeps_all_ranks_from_sending_directly(comm, monkeypatch):
     started = []
     monkeypatch.setattr(gpu, "library_says_yes", lambda: True)
@@ -139,7 +146,7 @@ def test_a_check_that_fails_on_one_node_keeps_all_ranks_from_sending_directly(co
     assert len(started) == (comm.rank == 0), "one child a node"
 
 
-@on_ranks
+@on_two_ranks
 def test_one_rank_whose_library_says_no_decides_for_all(comm, monkeypatch):
     last = comm.size - 1
     monkeypatch.setattr(gpu, "library_says_yes", lambda: comm.rank != last)

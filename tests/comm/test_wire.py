@@ -83,4 +83,6 @@ def test_residuals_are_named_by_parameter_and_rank(comm):
     bucket = Bucket([("first", first), ("second", second)])
     with reducing(comm, [bucket], "ring", BF16, error_feedback=True) as (_, exchange):
         found = [(piece.kind, piece.name, piece.start, piece.stop) for piece in exchange.residuals(comm.rank)]
-    assert found == [(f"residual-{comm.rank}", "first", 0, 100), (f"residual-{comm.rank}", "second", 0, 30)]
+    kind = f"residual-{comm.rank}"
+    expected = [(kind, "first", 0, 100), (kind, "second", 0, 30)]
+    assert found == (expected if comm.size > 1 else []), "one rank sends nothing, and loses nothing"
