@@ -55,7 +55,7 @@ def command_parser(command: str) -> _Parser:
         parser.add_argument("--format", choices=["auto", "conll", "text"], default="auto", help="of the input")
         parser.add_argument("--to", choices=["conll", "jsonl"], default="conll", help="of the output")
     if command == "bench":
-        parser.add_argument("what", choices=["allreduce", "step"], help="what to time")
+        parser.add_argument("what", choices=["allreduce", "step"], metavar="allreduce|step", help="what to time")
         parser.add_argument("--repeats", type=_count, default=21, metavar="N", help="turns of each contender")
         parser.add_argument("--kib", type=_counts, metavar="N,N,...", help="allreduce: sizes")
         parser.add_argument("--steps", type=_count, metavar="N", help="step: steps in a turn")

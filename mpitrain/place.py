@@ -50,6 +50,8 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     num_threads, crowded = share_cores(comm, config.train.threads)
     shape, stages = attempt(comm, "choosing the mesh", lambda: _choose_mesh(comm.size, config, problem, pipe))
     direct, why = gpu.decide(comm, device, config.comm.gpu) if device.type == "cuda" else (True, "")
+    if device.type == "cpu" and config.comm.gpu != "auto":
+        console.warn(f"--comm.gpu {config.comm.gpu} has no effect: this run uses no GPU")
     mesh = meshes.build(comm, *shape)
     transport = Transport(device, direct, crowded)
     say_place(comm, console, transport, why, num_threads)

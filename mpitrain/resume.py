@@ -99,6 +99,8 @@ def fill_residuals(run: Run, place: Path, manifest: Manifest) -> None:
     """Take up what error feedback still has to send, if ranks and buckets are what they were (collective)."""
     residuals = list(run.stepper.exchange.residuals(run.world.rank))
     if not any_rank(run.world, bool(residuals)):
+        if any(piece.kind.startswith("residual-") for entry in manifest.files.values() for piece in entry.pieces):
+            run.console.warn(f"{place}: what error feedback had still to send is dropped")
         return
     now = describe_run(run)
     then = attempt_at_root(run.world, f"reading {place}", lambda: _described(place))
@@ -181,7 +183,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "tensor": 1,
             "stages": [list(stage) for stage in run.place.stages],
         },
-        "exchange": type(run.stepper.exchange).__name__,
+        "exchange": run.stepper.exchange.name,
         "data": str(Path(run.config.data).resolve()) if Path(run.config.data).exists() else run.config.data,
         "shards": str(Path(run.problem.directory or "").resolve()),
         "num_steps": run.num_steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from launching import clean_environment, command, mpitrain
 
 from mpitrain.bench.allreduce import Contender, _check
-from mpitrain.errors import MpitrainError
+from mpitrain.bench.step import read_lengths
+from mpitrain.errors import DataError, MpitrainError
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -79,13 +81,29 @@ def test_a_turn_waits_for_a_line_of_standard_input(tmp_path):
     assert len(lines) == 2 and all(line["tokens"] > 0 and line["seconds"] > 0 for line in lines)
 
 
-@pytest.mark.parametrize("content", [None, "5\n", "five 3\n"])
-def test_lengths_that_cannot_be_read_are_named(tmp_path, content):
-    if content is not None:
-        (tmp_path / "lengths").write_text(content)
+WRONG_LENGTHS = {
+    "5\n": "line 1: found '5'",
+    "5 3\nfive 3\n": "line 2: found 'five 3'",
+    "5 0\n": "line 1: found '5 0'",
+    "-4 2\n": "line 1: found '-4 2'",
+    "600 3\n": "line 1: found '600 3'; a length from 1 to 512 and a number of sequences would work",
+    "16 5 9\n": "line 1: found '16 5 9'",
+    "": "is empty",
+    "\xff": "is no text",
+}
+
+
+@pytest.mark.parametrize("content, words", WRONG_LENGTHS.items())
+def test_lengths_that_are_none_are_named(tmp_path, content, words):
+    (tmp_path / "lengths").write_text(content, encoding="latin-1")
+    with pytest.raises(DataError, match=re.escape(f"--lengths {tmp_path / 'lengths'}: {words}")):
+        read_lengths(tmp_path / "lengths", 512)
+
+
+def test_a_file_of_lengths_that_is_not_there_ends_the_benchmark_with_a_word(tmp_path):
     done = mpitrain(2, "bench", "step", *STEP, "--lengths", "lengths", cwd=tmp_path)
     assert done.returncode == 65, done.stdout + done.stderr
-    assert "--lengths lengths: needs lines of a length and a number of sequences" in done.stderr
+    assert "--lengths lengths: cannot be read: No such file" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,9 @@ def bench_step(
         steps: of a turn.
         await_turns: begin each turn when a line of standard input comes.
     """
-    problem, found = attempt(comm, "reading model and lengths", lambda: (_problem(config), read_lengths(lengths)))
+    problem = attempt(comm, "reading the model", lambda: _problem(config))
+    longest = problem.card.max_position_embeddings
+    found = attempt(comm, "reading lengths", lambda: read_lengths(lengths, longest))
     place = find_place(comm, config, problem, console)
     num_steps = WARM_UP + repeats * steps
     stepper = build_stepper(config, problem, place, console, num_steps=num_steps, peak=LEARNING_RATES["scratch"])
@@ -86,7 +88,9 @@ def bench_step(
     console.show(table_of(turns, steps))
     with together(comm, "writing results"):
         if comm.rank == 0 and config.out is not None:
-            document = facts | {"steps": steps, "turns": [vars(turn) for turn in turns]}
+            shape = {"data": place.mesh.num_replicas, "pipe": place.mesh.num_stages}
+            settings = {"mesh": shape, "exchange": stepper.exchange.name, "config": config.model_dump(mode="json")}
+            document = facts | settings | {"steps": steps, "turns": [vars(turn) for turn in turns]}
             write(config.out, f"step-{comm.size}", document, console)
     stepper.close()
     place.mesh.free()
@@ -126,27 +130,36 @@ def _problem(config: Config) -> Problem:
     return Problem(card, LABELS, Tokenizer(models.WordLevel()))
 
 
-def read_lengths(file: Path | None) -> NDArray[np.int64]:
-    """Lengths in tokens of NUM_SEQUENCES or so sequences.
+def read_lengths(file: Path | None, longest: int) -> NDArray[np.int64]:
+    """Lengths in tokens of some thousand sequences.
 
     Raises:
-        DataError: the file holds something else than two columns of numbers.
+        DataError: the file cannot be read, or a line is no length up to `longest` and number of sequences.
     """
     generator = np.random.Generator(np.random.Philox(key=0))
     if file is None:
-        return generator.normal(29, 12, NUM_SEQUENCES).clip(3, 128).astype(np.int64)
+        return generator.normal(29, 12, NUM_SEQUENCES).clip(3, min(128, longest)).astype(np.int64)
     try:
-        pairs = np.loadtxt(file, np.int64, ndmin=2)
-        lengths = np.repeat(pairs[:, 0], pairs[:, 1])
-    except (OSError, ValueError, IndexError) as error:
-        raise DataError(f"--lengths {file}: needs lines of a length and a number of sequences: {error}") from None
-    return generator.permutation(lengths)
+        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise DataError(f"--lengths {file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"--lengths {file}: is no text") from None
+    for number, words in enumerate(lines, 1):
+        if len(words) != 2 or not all(word.isdecimal() and int(word) for word in words) or int(words[0]) > longest:
+            raise DataError(
+                f"--lengths {file}: line {number}: found {' '.join(words)!r}; "
+                f"a length from 1 to {longest} and a number of sequences would work"
+            )
+    if not lines:
+        raise DataError(f"--lengths {file}: is empty; lines of a length and a number of sequences would work")
+    lengths, counts = np.array(lines, np.int64).T
+    return generator.permutation(np.repeat(lengths, counts))
 
 
 def _random_split(lengths: NDArray[np.int64], card: ModelCard) -> MemorySplit:
     """Every token is labelled, from a random word piece."""
     generator = np.random.Generator(np.random.Philox(key=1))
-    lengths = lengths.clip(1, card.max_position_embeddings)
     tokens = generator.integers(0, card.vocab_size, lengths.sum())
     labels = generator.integers(0, len(LABELS), lengths.sum())
     return MemorySplit({"tokens": tokens, "labels": labels}, lengths, lengths, np.arange(len(lengths)))
@@ -166,7 +179,9 @@ def table_of(turns: list[Turn], steps: int) -> Table:
     lower, median, upper = np.percentile([turn.seconds / steps for turn in turns], [25, 50, 75]) * 1e3
     table.add_row("step", f"{median:,.1f}")
     for name in turns[0].parts:
-        table.add_row(f"  {name}", f"{1e3 * np.median([turn.parts[name] / steps for turn in turns]):,.1f}")
+        label = "  reduce_hidden (meanwhile)" if name == "reduce_hidden" else f"  {name}"
+        table.add_row(label, f"{1e3 * np.median([turn.parts[name] / steps for turn in turns]):,.1f}")
     rate = np.median([turn.tokens / turn.seconds for turn in turns])
-    table.caption = f"{rate:,.0f} tokens/s; half the distance of the quartiles {(upper - lower) / median / 2:.1%}"
+    spread = f"; half the distance of the quartiles {(upper - lower) / median / 2:.1%}" if len(turns) > 1 else ""
+    table.caption = f"{rate:,.0f} tokens/s{spread}"
     return table

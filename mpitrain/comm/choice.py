@@ -59,7 +59,8 @@ def choose_exchange(
     if reproducible:
         by_tree = _planned(tree.reduce_scatter)
         exchange = MessageExchange(data_axis, transport, buckets, dtype, reduce_scatter=by_tree, by_rows=False)
-        return exchange, "tree: the same sums, bit for bit, on any mesh of powers of two"
+        none = "" if data_axis.size & (data_axis.size - 1) == 0 else " (which this is not)"
+        return exchange, f"tree: the same sums, bit for bit, on any mesh of powers of two{none}"
     if algorithm == "native":
         reduce_scatter, all_gather = _planned(native.reduce_scatter), _planned(native.all_gather)
         exchange = MessageExchange(
@@ -75,7 +76,9 @@ def choose_exchange(
         node = Comm(data_axis.Split_type(MPI.COMM_TYPE_SHARED, key=data_axis.rank))
         obstacle = _obstacle_to_sharing(world, node, transport, Layout.of(node.size, buckets, dtype))
         if not obstacle or (algorithm == "node" and obstacle == ALONE):
-            why = f"node: gradients and weights in shared memory, rings{wire} between nodes"
+            between = f", rings{wire} between nodes" if node.size < data_axis.size else ""
+            why = f"node: gradients and weights in shared memory{between}"
+            why += "; nothing is sent, so wire_dtype does not matter" if wire and not between else ""
             return NodeExchange(data_axis, node, transport, buckets, dtype, **wires), why
         node.Free()
         if algorithm == "node":

@@ -31,6 +31,8 @@ class Exchange(ABC):
     The buckets have their memory once the exchange is made, and whole weights after its first `spread`.
     """
 
+    name: str  # what it uses, in a word or two
+
     def __init__(self, transport: Transport, buckets: Sequence[Bucket], overlapped: bool) -> None:
         """Exchange what `buckets` hold; `overlapped` if `reduce` is called in a thread beside the backward pass."""
         self.buckets = buckets
@@ -68,6 +70,8 @@ class Exchange(ABC):
 
 class MessageExchange(Exchange):
     """Every rank has its own copy of everything; sums and weights travel in messages."""
+
+    name = "messages"
 
     def __init__(
         self,

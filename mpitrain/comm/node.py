@@ -55,6 +55,8 @@ class _Share:
 class NodeExchange(Exchange):
     """The ranks of a node share gradients and weights; CPU only."""
 
+    name = "shared memory"
+
     def __init__(
         self,
         data_axis: Comm,
