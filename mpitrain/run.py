@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mpitrain.comm.choice import choose_exchange
 from mpitrain.config import Config
 from mpitrain.dataset.batches import TrainPlan
 from mpitrain.dataset.loader import Split, open_split
+from mpitrain.dataset.sequences import Sequences
 from mpitrain.errors import DataError, on_all_ranks
 from mpitrain.files import user_path
 from mpitrain.observe.console import Console
@@ -111,7 +113,7 @@ def _open(place: Place, problem: Problem, name: str) -> Split | None:
     return open_split(place.mesh.world, problem.directory, problem.info, name)
 
 
-def make_plan(config: Config, problem: Problem, splits: dict[str, Split]) -> tuple[TrainPlan, int]:
+def make_plan(config: Config, problem: Problem, splits: Mapping[str, Sequences]) -> tuple[TrainPlan, int]:
     """The order of the data and the number of steps."""
     if "train" not in splits or len(splits["train"].index.lengths) == 0:
         raise on_all_ranks(DataError(f"{problem.directory}: there is no train split; training needs one"))

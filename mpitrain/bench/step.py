@@ -23,14 +23,13 @@ from tokenizers import Tokenizer, models
 
 from mpitrain.bench.facts import describe_machine, write
 from mpitrain.config import Config
-from mpitrain.dataset.batches import TrainPlan
 from mpitrain.dataset.sequences import MemorySplit
 from mpitrain.errors import DataError, UsageError, on_all_ranks
 from mpitrain.model.card import ModelCard, resolve_model
 from mpitrain.observe.console import Console
 from mpitrain.place import find_place
 from mpitrain.problem import Problem
-from mpitrain.run import LEARNING_RATES, build_stepper
+from mpitrain.run import LEARNING_RATES, build_stepper, make_plan
 from mpitrain.runtime.agree import Comm, attempt, collect, share, together
 from mpitrain.step import Stepper, load_micro_batches
 
@@ -75,7 +74,7 @@ def bench_step(
     place = find_place(comm, config, problem, console)
     num_steps = WARM_UP + repeats * steps
     stepper = build_stepper(config, problem, place, console, num_steps=num_steps, peak=LEARNING_RATES["scratch"])
-    run = _turns(stepper, config, _random_split(found, problem.card))
+    run = _turns(stepper, config, problem, _random_split(found, problem.card))
     run(WARM_UP)
     turns: list[Turn] = []
     for _ in range(repeats):
@@ -96,18 +95,11 @@ def bench_step(
     place.mesh.free()
 
 
-def _turns(stepper: Stepper, config: Config, split: MemorySplit) -> Callable[[int], Turn]:
+def _turns(stepper: Stepper, config: Config, problem: Problem, split: MemorySplit) -> Callable[[int], Turn]:
     """What trains for so many steps more (collective)."""
     mesh, options = stepper.mesh, config.train
     device = stepper.exchange.transport.device
-    plan = TrainPlan(
-        split.index.lengths,
-        split.index.words,
-        batch_size=options.batch_size,
-        micro_batches=options.micro_batches,
-        hidden_size=stepper.executor.hidden_size,
-        seed=options.seed,
-    )
+    plan, _ = make_plan(config, problem, {"train": split})
     numbers = count()
 
     def run(num_steps: int) -> Turn:

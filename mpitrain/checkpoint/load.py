@@ -80,15 +80,22 @@ def newest_usable(comm: Comm, checkpoints: Path, warn: list[str]) -> tuple[Path,
     return None
 
 
+def _places_of(manifest: Manifest) -> dict[tuple[str, str], list[tuple[int, int, str]]]:
+    """Bounds and file of every piece, by kind and name."""
+    places = defaultdict(list)
+    for file, entry in manifest.files.items():
+        for piece in entry.pieces:
+            places[piece.kind, piece.name].append((piece.start, piece.stop, file))
+    return places
+
+
 def holds(manifest: Manifest, slices: Iterable[StateSlice]) -> bool:
     """Whether `fill` would find every element of these slices."""
-    there: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
-    for entry in manifest.files.values():
-        for piece in entry.pieces:
-            there[piece.kind, piece.name].append((piece.start, piece.stop))
+    places = _places_of(manifest)
     return all(
         sum(
-            max(0, min(stop, wanted.stop) - max(start, wanted.start)) for start, stop in there[wanted.kind, wanted.name]
+            max(0, min(stop, wanted.stop) - max(start, wanted.start))
+            for start, stop, _ in places[wanted.kind, wanted.name]
         )
         == wanted.stop - wanted.start
         for wanted in slices
@@ -102,10 +109,7 @@ def fill(comm: Comm, directory: Path, manifest: Manifest, slices: Iterable[State
         CheckpointError: a tensor is missing, incomplete or of another shape.
     """
     with together(comm, f"loading {directory}"):
-        places = defaultdict(list)
-        for file, entry in manifest.files.items():
-            for piece in entry.pieces:
-                places[piece.kind, piece.name].append((piece.start, piece.stop, file))
+        places = _places_of(manifest)
         opened: dict[str, h5py.File] = {}
         try:
             for wanted in slices:

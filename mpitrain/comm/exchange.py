@@ -33,12 +33,31 @@ class Exchange(ABC):
 
     name: str  # what it uses, in a word or two
 
-    def __init__(self, transport: Transport, buckets: Sequence[Bucket], overlapped: bool) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        buckets: Sequence[Bucket],
+        *,
+        wire_dtype: torch.dtype | None,
+        error_feedback: bool,
+        overlapped: bool,
+    ) -> None:
         """Exchange what `buckets` hold; `overlapped` if `reduce` is called in a thread beside the backward pass."""
+        self._wire_dtype, self._error_feedback = wire_dtype, error_feedback
         self.buckets = buckets
         self.transport = transport
         self.reducing = replace(transport, background=overlapped)
         self._wires: list[Wire | None] = []  # of each bucket
+
+    def _add_wire(self, comm: Comm, start: int, size: int) -> Wire | None:
+        """The wire of the next bucket, for its elements from `start` on; None if nothing is rounded."""
+        wire = None
+        if self._wire_dtype is not None:
+            feedback = self._error_feedback and comm.size > 1
+            device = self.transport.device
+            wire = Wire(self._wire_dtype, size, start=start, feedback=feedback, device=device)
+        self._wires.append(wire)
+        return wire
 
     @abstractmethod
     def reduce(self, number: int) -> None:
@@ -101,7 +120,9 @@ class MessageExchange(Exchange):
             error_feedback: send what rounding has lost the next time.
             overlapped: `reduce` is called in a thread beside the backward pass.
         """
-        super().__init__(transport, buckets, overlapped)
+        super().__init__(
+            transport, buckets, wire_dtype=wire_dtype, error_feedback=error_feedback, overlapped=overlapped
+        )
         self._comm = Comm(data_axis.Dup())
         self._sums: list[Run] = []
         self._gathers: list[Run] = []
@@ -109,11 +130,7 @@ class MessageExchange(Exchange):
         for bucket in buckets:
             if not by_rows:
                 bucket.without_rows()
-            wire = None
-            if wire_dtype is not None:
-                feedback = error_feedback and self._comm.size > 1
-                wire = Wire(wire_dtype, bucket.size, feedback=feedback, device=transport.device)
-            self._wires.append(wire)
+            wire = self._add_wire(self._comm, 0, bucket.size)
             weights = torch.zeros(bucket.size, dtype=dtype, device=transport.device)
             gradients = torch.zeros(bucket.size, device=transport.device)
             owned = aligned_part(self._comm.rank, bucket.size, self._comm.size)

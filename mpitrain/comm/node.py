@@ -24,7 +24,6 @@ from mpitrain.comm.buffers import Transport
 from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.segments import Landing
 from mpitrain.comm.window import FILLED, WRITTEN, Layout, Window
-from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm, collect
 from mpitrain.split import UNIT, aligned_part
 
@@ -81,7 +80,9 @@ class NodeExchange(Exchange):
             error_feedback: send what rounding has lost the next time.
             overlapped: `reduce` is called in a thread beside the backward pass.
         """
-        super().__init__(transport, buckets, overlapped)
+        super().__init__(
+            transport, buckets, wire_dtype=wire_dtype, error_feedback=error_feedback, overlapped=overlapped
+        )
         self._node = node
         self._num_slices = min(collect(data_axis, node.size))
         # Who has no slice has no partners either, and forms a ring of one with nothing to say.
@@ -94,11 +95,7 @@ class NodeExchange(Exchange):
         landing = Landing()
         self._sums: list[ring.ReduceScatter] = []
         for share in self._shares:
-            wire = None
-            if wire_dtype is not None:
-                feedback = error_feedback and self._partners.size > 1
-                wire = Wire(wire_dtype, len(share.summed), start=share.start, feedback=feedback)
-            self._wires.append(wire)
+            wire = self._add_wire(self._partners, share.start, len(share.summed))
             self._sums.append(ring.ReduceScatter(self._partners, share.summed, self.reducing, wire, landing))
         self._gathers = [ring.AllGather(self._partners, share.weights, transport) for share in self._shares]
         node.Barrier()
@@ -117,29 +114,32 @@ class NodeExchange(Exchange):
 
     def reduce(self, number: int) -> None:
         """Sum the own slice over the node, then that sum over nodes."""
-        bucket, share = self.buckets[number], self._shares[number]
-        if bucket.num_rows:
-            touched = bucket.touched_rows()
-            own = self._window.lists[number][self._node.rank]
-            own[0] = len(touched)
-            own[1 : 1 + len(touched)] = touched
+        touched = self._announce_rows(number) if self.buckets[number].num_rows else None
         self._window.raise_flag(FILLED)
         self._window.wait_for(FILLED, self.reducing, self._progress)
-        if bucket.num_rows:
-            self._reduce_rows(number)
+        if touched is not None:
+            self._reduce_rows(number, touched)
             return
-        for summed, *others in share.chunks:
+        for summed, *others in self._shares[number].chunks:
             for other in others:
                 summed += other
         self._sums[number]()
 
-    def _reduce_rows(self, number: int) -> None:
+    def _announce_rows(self, number: int) -> torch.Tensor:
+        """Write down for the others, and return, which rows of the table this rank has gradients of."""
+        touched = self.buckets[number].touched_rows()
+        own = self._window.lists[number][self._node.rank]
+        own[0] = len(touched)
+        own[1 : 1 + len(touched)] = touched
+        return touched
+
+    def _reduce_rows(self, number: int, touched_rows: torch.Tensor) -> None:
         """The same, of what is not zero in the slice: whole blocks of it."""
         bucket, share = self.buckets[number], self._shares[number]
         stop = share.start + len(share.summed)
         shape = (len(share.summed) // UNIT, UNIT)
         summed = share.summed.view(shape)
-        blocks = [bucket.blocks_of(bucket.touched_rows(), share.start, stop)]
+        blocks = [bucket.blocks_of(touched_rows, share.start, stop)]
         for other, found in zip(share.others, share.lists, strict=True):
             theirs = bucket.blocks_of(found[1 : 1 + int(found[0])].long(), share.start, stop)
             summed.index_add_(0, theirs, other.view(shape).index_select(0, theirs))

@@ -59,7 +59,7 @@ class Executor:
         self._stage = stage
         self._mesh = mesh
         self._transport = transport
-        self.hidden_size = hidden_size
+        self._hidden_size = hidden_size
         self._micro_batches: Sequence[MicroBatch] = ()
         self._flights: list[_Flight] = []
         self._losses: list[torch.Tensor] = []
@@ -116,7 +116,7 @@ class Executor:
             self._carry_out[instruction.kind](instruction.micro_batch)
 
     def _post(self, number: int, direction: int) -> None:
-        shape = (self._micro_batches[number].layout.num_tokens, self.hidden_size)
+        shape = (self._micro_batches[number].layout.num_tokens, self._hidden_size)
         source = self._mesh.previous_stage if direction == ACTIVATION else self._mesh.next_stage
         dtype = next(self._stage.parameters()).dtype
         parcel = self._transport.post(self._mesh.pipe_axis, shape, dtype, source, 2 * number + direction)
