@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
+import fcntl
 import os
 import signal
+import stat
 import sys
+import termios
 import threading
+import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -126,8 +131,18 @@ def abort(world: Any, error: BaseException, trace: TracebackType | None) -> NoRe
         text = "".join(f"[rank {world.rank}] {line}\n" for line in stack.splitlines())
     with suppress(OSError):  # a closed standard error must not keep the others waiting
         os.write(2, text.encode(errors="replace"))
+        let_the_launcher_read(2)
     world.Abort(code_of(error))
     os._exit(ExitCode.FAULT)  # Abort need not return; if it does, this rank at least is gone
+
+
+def let_the_launcher_read(descriptor: int, seconds: float = 1.0) -> None:
+    """Wait until nothing is left in a pipe: a launcher told to kill all ranks no longer reads what they wrote."""
+    limit = time.monotonic() + seconds
+    left = array.array("i", [1])
+    while stat.S_ISFIFO(os.fstat(descriptor).st_mode) and left[0] and time.monotonic() < limit:
+        fcntl.ioctl(descriptor, termios.FIONREAD, left)
+        time.sleep(0.01)
 
 
 def finish(world: Any, code: int) -> NoReturn:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -112,6 +113,21 @@ def test_a_stray_error_names_its_rank_and_takes_all_ranks_down(monkeypatch, erro
     launch.abort(SimpleNamespace(rank=5, Abort=codes.append), error, None)
     assert codes == [code, 70]
     assert b"".join(written) == text
+
+
+def test_what_a_launcher_has_not_read_yet_is_waited_for_but_not_for_ever():
+    reading, writing = os.pipe()
+    os.write(writing, b"[rank 1] Traceback")
+    begun = time.monotonic()
+    launch.let_the_launcher_read(writing, seconds=0.2)
+    assert time.monotonic() - begun > 0.2  # nobody reads
+    taken: list[bytes] = []
+    reader = threading.Timer(0.2, lambda: taken.append(os.read(reading, 100)))
+    reader.start()
+    launch.let_the_launcher_read(writing, seconds=60)
+    reader.join()
+    assert taken == [b"[rank 1] Traceback"] and time.monotonic() - begun < 30
+    os.close(reading), os.close(writing)
 
 
 def test_the_library_names_itself_in_a_few_words():
