@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,27 +27,38 @@ class KeyedDropout:
     def __init__(self, seed: int, step: int, micro_batch: int) -> None:
         self.key = (seed, step, micro_batch)
 
-    def __call__(self, x: Tensor, probability: float, site: int, part: int = 0) -> Tensor:
-        """Zero elements of `x` with the probability given, scale the rest to keep the mean.
+    def __call__(self, x: Tensor, probability: float, site: int) -> Tensor:
+        """Zero elements of `x` with the probability given, scale the rest to keep the mean; arguments as of `mask`."""
+        found = self.mask(x, probability, site)
+        if found is None:
+            return x
+        keep, scale = found
+        return (x * keep).mul_(scale)  # scaled apart: bf16 would round the scale itself
+
+    def mask(self, x: Tensor, probability: float, site: int, part: int = 0) -> tuple[Tensor, float] | None:
+        """1 where an element of `x` is kept and 0 elsewhere, with its shape and dtype, and the scale of what is kept.
 
         Args:
             x: any shape, floating.
-            probability: in [0, 1).
+            probability: of dropping an element, in [0, 1); None is returned if it is 0.
             site: number of the place in the network, unique in the whole model.
             part: tells apart several tensors of one site.
         """
         dropped = min(round(probability * LEVELS), LEVELS - 1)
         if dropped == 0:
-            return x
+            return None
         keep = torch.empty_like(x, memory_format=torch.contiguous_format, requires_grad=False)
         # Written straight into the dtype of x: a bool mask costs ten times as much in the products with it.
         torch.ge(self._bits(x, site, part), dropped - LEVELS // 2, out=keep)
-        return (x * keep).mul_(LEVELS / (LEVELS - dropped))  # scaled apart: bf16 would round the scale itself
+        return keep, LEVELS / (LEVELS - dropped)
 
     def _bits(self, x: Tensor, site: int, part: int) -> Tensor:
         """Uniform int16 numbers of the shape of `x`."""
         digest = blake2b(struct.pack("<5q", *self.key, site, part), digest_size=8).digest()
-        generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "little"))
-        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
-        draws.random_(-(2**63), None, generator=generator)
+        seed, count = int.from_bytes(digest, "little"), x.numel() // 4 + 1
+        if x.device.type == "cpu":  # twice as fast as torch's
+            draws = torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64))
+        else:
+            generator = torch.Generator(x.device).manual_seed(seed)
+            draws = torch.empty(count, dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
         return draws.view(torch.int16)[: x.numel()].view(x.shape)

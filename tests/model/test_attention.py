@@ -53,18 +53,25 @@ def test_packed_attention_and_its_gradients_equal_attention_of_each_sequence_alo
 def test_the_padded_rows_of_any_layout_are_distinct_and_hold_each_sequence_in_order(lengths, worth):
     patch = pytest.MonkeyPatch()
     patch.setitem(attention.GROUP_WORTH, "cpu", worth)
-    groups, slots = PackedLayout(lengths).padded(HEADS)
+    groups, slots, sources = PackedLayout(lengths).padded(HEADS)
     patch.undo()
-    rows = sum(group.num_sequences * HEADS * group.longest for group in groups)
+    rows = sum(group.num_sequences * HEADS * group.length for group in groups)
     assert len(set(slots.tolist())) == len(slots) == HEADS * sum(lengths)
     assert rows >= len(slots) and (len(slots) == 0 or int(slots.max()) < rows)
     for sequence in slots.view(-1, HEADS).split(lengths):
         assert (sequence.diff(dim=0) == 1).all()
+    assert sources[slots].tolist() == list(range(len(slots)))
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    for group, part in zip(groups, sources.split([g.num_sequences * HEADS * g.length for g in groups]), strict=True):
+        of_rows = part.view(group.num_sequences, HEADS, group.length)
+        assert (of_rows % HEADS == torch.arange(HEADS)[:, None]).all()
+        for sequence in owners[of_rows // HEADS].reshape(group.num_sequences, -1):
+            assert len(set(sequence)) == 1  # padding repeats its own sequence
 
 
 def test_similar_lengths_share_a_group_and_very_different_ones_do_not():
-    assert len(PackedLayout([30, 28, 29, 31]).padded(HEADS)[0]) == 1
-    assert len(PackedLayout([500, 3, 4, 5, 3]).padded(HEADS)[0]) == 2
+    assert len(PackedLayout([30, 28, 29, 31]).padded(HEADS).groups) == 1
+    assert len(PackedLayout([500, 3, 4, 5, 3]).padded(HEADS).groups) == 2
 
 
 def test_a_sequence_sees_neither_its_neighbours_nor_padding(worth):
@@ -96,12 +103,12 @@ def test_each_group_has_a_dropout_mask_of_its_own(worth):
     drawn = []
 
     class Recorder(KeyedDropout):
-        def __call__(self, x, probability, site, part=0):
+        def mask(self, x, probability, site, part=0):
             drawn.append((site, part))
-            return super().__call__(x, probability, site, part)
+            return super().mask(x, probability, site, part)
 
     packed_attention(*inputs(16), PackedLayout([6, 2, 7, 1]), HEADS, Recorder(0, 0, 0), 0.5, 9)
-    assert len(set(drawn)) == len(drawn) == (4 if worth == 1 else 1)
+    assert len(set(drawn)) == len(drawn) == (3 if worth == 1 else 1)
 
 
 def test_positions_count_from_zero_in_each_sequence():

@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from transformers import BertConfig, BertForTokenClassification
 
 from mpitrain.errors import DataError
@@ -89,6 +90,17 @@ def test_logits_loss_and_all_gradients_equal_those_of_transformers(card, lengths
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
 
 
+def test_sequences_of_padding_without_labels_change_neither_loss_nor_gradients():
+    tokens, labels, layout = batch(UNCASED, UNEVEN)
+    _, loss, gradients = through(cut(UNCASED, 1), tokens, labels, layout)
+    tokens, labels = F.pad(tokens, (0, 5)), F.pad(labels, (0, 5), value=-100)
+    _, same_loss, same_gradients = through(cut(UNCASED, 1), tokens, labels, PackedLayout([*UNEVEN, 3, 2]))
+    torch.testing.assert_close(same_loss, loss, atol=1e-6, rtol=1e-6)
+    for name, values in gradients.items():
+        torch.testing.assert_close(same_gradients[name], values, atol=1e-6, rtol=1e-5, msg=name)
+    assert not same_gradients["bert.embeddings.word_embeddings.weight"][0].any()
+
+
 def test_only_the_tables_have_sparse_gradients():
     for stage in cut(UNCASED, 2):
         hidden = torch.zeros(sum(UNEVEN), UNCASED.hidden_size, requires_grad=True)
@@ -120,9 +132,8 @@ def test_no_two_places_of_the_model_share_a_dropout_site():
     used = []
 
     class Recorder(KeyedDropout):
-        def __call__(self, x, probability, site, part=0):
+        def mask(self, x, probability, site, part=0):
             used.append((site, part, probability))
-            return x
 
     card = UNCASED.model_copy(update={"attention_probs_dropout_prob": 0.2, "classifier_dropout": 0.3})
     tokens, labels, layout = batch(card, UNEVEN)

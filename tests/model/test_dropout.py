@@ -5,7 +5,7 @@ from mpitrain.model.dropout import KeyedDropout
 
 
 def kept(dropout, shape=(64, 33), probability=0.25, site=3, dtype=torch.float32, part=0):
-    return dropout(torch.ones(shape, dtype=dtype), probability, site, part) != 0
+    return dropout.mask(torch.ones(shape, dtype=dtype), probability, site, part)[0] == 1
 
 
 def test_the_same_key_drops_the_same_elements_whatever_was_drawn_before():
