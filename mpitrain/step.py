@@ -14,9 +14,10 @@ from mpitrain.comm import tree
 from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.reducer import GradientReducer
 from mpitrain.config import Train
-from mpitrain.dataset.batches import StepPlan
+from mpitrain.dataset.batches import Indices, StepPlan, pad_lengths
 from mpitrain.dataset.sequences import Sequences
 from mpitrain.model.attention import PackedLayout
+from mpitrain.model.bert import IGNORED_LABEL
 from mpitrain.model.dropout import KeyedDropout
 from mpitrain.optim import LossScale, ShardedAdamW, learning_rate_at
 from mpitrain.pipeline.executor import Executor, MicroBatch
@@ -24,6 +25,8 @@ from mpitrain.pipeline.schedule import program
 from mpitrain.runtime.agree import collect, total
 from mpitrain.runtime.mesh import Mesh
 from mpitrain.split import part
+
+PAD = 0  # a token that every vocabulary has; what becomes of it has no part in the loss
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,16 @@ def load_micro_batches(
     num_leaves = 1 << (count - 1).bit_length() if options.reproducible else count
     for number in range(count)[slice(*part(mesh.replica, num_leaves, mesh.num_replicas))]:
         sequences = plan.micro_batches[number]
-        tokens = torch.from_numpy(split.read("tokens", sequences)).to(device) if mesh.is_first else None
-        labels = torch.from_numpy(split.read("labels", sequences)).to(device) if mesh.is_last else None
-        layout = PackedLayout(split.index.lengths[sequences], device)
+        layout = PackedLayout(pad_lengths(split.index.lengths[sequences]), device)
+        tokens = _read(split, "tokens", sequences, layout, PAD) if mesh.is_first else None
+        labels = _read(split, "labels", sequences, layout, IGNORED_LABEL) if mesh.is_last else None
         loaded.append(MicroBatch(layout, tokens, labels, KeyedDropout(options.seed, plan.step, number)))
     return loaded
+
+
+def _read(split: Sequences, field: str, sequences: Indices, layout: PackedLayout, filler: int) -> torch.Tensor:
+    """Int64 [num_tokens] on the layout's device; `filler` from where the sequences end."""
+    values = torch.full((layout.num_tokens,), filler)
+    found = split.read(field, sequences)
+    values[: len(found)] = torch.from_numpy(found)
+    return values.to(layout.device)

@@ -8,7 +8,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpitrain.dataset.batches import TrainPlan, cut_evenly, epoch_order, evaluation_plan, sequence_costs
+from mpitrain.dataset.batches import (
+    TrainPlan,
+    cut_evenly,
+    epoch_order,
+    evaluation_plan,
+    pad_lengths,
+    sequence_costs,
+)
 from mpitrain.split import part
 
 lengths_of = st.lists(st.integers(2, 200), min_size=1, max_size=60).map(lambda found: np.array(found, np.int64))
@@ -65,6 +72,15 @@ def test_parts_have_nearly_equal_costs_and_lose_nothing(lengths, count):
     # Graham's bound against what no cut can beat: the mean, and the longest sequence.
     best = max(costs.sum() / len(parts), costs.max())
     assert max(costs[found - 100].sum() for found in parts) <= 2 * best
+
+
+@given(lengths_of)
+def test_padding_makes_few_different_sums_of_lengths_and_little_work(lengths):
+    padded = pad_lengths(lengths)
+    assert padded[: len(lengths)].tolist() == lengths.tolist()
+    assert all(0 < length <= lengths.max() for length in padded[len(lengths) :])
+    assert len(f"{padded.sum():b}".rstrip("0")) <= 6
+    assert padded.sum() < lengths.sum() * (1 + 1 / 32)
 
 
 @given(st.integers(0, 40), st.integers(1, 9))
