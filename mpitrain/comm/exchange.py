@@ -43,6 +43,7 @@ class Exchange(ABC):
         overlapped: bool,
     ) -> None:
         """Exchange what `buckets` hold; `overlapped` if `reduce` is called in a thread beside the backward pass."""
+        self.overlapped = overlapped
         self._wire_dtype, self._error_feedback = wire_dtype, error_feedback
         self.buckets = buckets
         self.transport = transport

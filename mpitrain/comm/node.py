@@ -78,8 +78,10 @@ class NodeExchange(Exchange):
             dtype: of the weights.
             wire_dtype: of partial sums between nodes, if not fp32.
             error_feedback: send what rounding has lost the next time.
-            overlapped: `reduce` is called in a thread beside the backward pass.
+            overlapped: `reduce` is called in a thread beside the backward pass; not done where ranks share cores and
+                nothing is sent, as such a thread would only take its core from another rank.
         """
+        overlapped = overlapped and not (transport.patient and node.size == data_axis.size)
         super().__init__(
             transport, buckets, wire_dtype=wire_dtype, error_feedback=error_feedback, overlapped=overlapped
         )

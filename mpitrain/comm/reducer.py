@@ -2,9 +2,9 @@
 
 Autograd hooks take every gradient into its bucket and count those of the last micro-batch; a full bucket is handed to
 a thread, which reduces it by an exchange that has a communicator of its own, so that its messages never meet the
-pipeline's. A ring needs additions between its messages, hence a thread rather than non-blocking calls alone. Every rank
-hands buckets over in the same order, whatever the order of its hooks, and a replica without micro-batches joins in with
-zeros.
+pipeline's. (An exchange that would gain nothing by this gets all buckets after the last micro-batch.) A ring needs
+additions between its messages, hence a thread rather than non-blocking calls alone. Every rank hands buckets over in
+the same order, whatever the order of its hooks, and a replica without micro-batches joins in with zeros.
 
 Where sums have to be reproducible, micro-batches are added up by a tree, and travel after the last one.
 """
@@ -52,7 +52,7 @@ class GradientReducer:
 
     def arm(self) -> None:
         """The next backward pass is the last of this step: gradients that arrive from now on are final."""
-        self._armed = self._tree is None
+        self._armed = self._tree is None and self._exchange.overlapped
 
     def end_micro_batch(self) -> None:
         """The gradients of a micro-batch are complete."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -111,6 +112,20 @@ def test_full_buckets_travel_while_the_last_backward_still_runs_and_not_before(c
         reducer.finish()
     assert at_arming == [False]
     assert begun.is_set()
+
+
+def test_where_ranks_share_cores_and_memory_nothing_is_summed_beside_the_backward_pass(comm, monkeypatch):
+    layers, early = torch.nn.Sequential(torch.nn.Linear(7, 7), torch.nn.Linear(7, 7)), []
+    with reducing(comm, fill_buckets(layers, 1), "node", patient=True) as (reducer, exchange):
+        reduce, ended = exchange.reduce, threading.Event()
+        monkeypatch.setattr(exchange, "reduce", lambda number: (early.append(not ended.is_set()), reduce(number)))
+        reducer.start_step()
+        reducer.arm()
+        layers(torch.rand(3, 7)).sum().backward()
+        time.sleep(0.1)
+        ended.set()
+        reducer.finish()
+    assert early == [False] * 4
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -13,13 +13,15 @@ from mpitrain.comm.reducer import GradientReducer
 
 
 @contextmanager
-def reducing(comm, buckets, algorithm="ring", wire_dtype=None, dtype=torch.float32, error_feedback=False):
+def reducing(
+    comm, buckets, algorithm="ring", wire_dtype=None, dtype=torch.float32, error_feedback=False, patient=False
+):
     """A reducer and its exchange, closed at the end."""
     hosts = algorithm if algorithm in HOSTS else None
     exchange, _ = choose_exchange(
         comm,
         on_hosts(comm, hosts),
-        Transport(),
+        Transport(patient=patient),
         buckets,
         dtype,
         algorithm="node" if hosts else algorithm,
