@@ -8,23 +8,18 @@ bf16 is autocast, AdamW is fused, buckets and threads are DDP's own. Each turn b
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForTokenClassification
+from turns import parser_of, take_turns
 
 from mpitrain.model.card import load_card
 
 NUM_LABELS = 7
-WARM_UP = 2
 
 
 def launched(*names: str) -> int:
@@ -39,13 +34,7 @@ def model_of(card_name: str) -> BertForTokenClassification:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="minilm-l6")
-    parser.add_argument("--batch", type=int, default=64, help="sentences of all ranks together")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--lengths", type=Path, default=Path(__file__).parent.parent / "lengths.txt")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=1)
+    parser = parser_of(__doc__)
     parser.add_argument("--store", required=True, help="a file that does not exist yet, where ranks find each other")
     options = parser.parse_args()
     rank = launched("PMI_RANK", "OMPI_COMM_WORLD_RANK")
@@ -73,17 +62,7 @@ def main() -> None:
         optimizer.step()
         return int(whole.sum())
 
-    for _ in range(WARM_UP):
-        step()
-    for _ in range(options.repeats):
-        if rank == 0 and not sys.stdin.readline():
-            raise SystemExit("standard input ended before the last turn")
-        dist.barrier()
-        began = time.perf_counter()
-        tokens = sum(step() for _ in range(options.steps))
-        dist.barrier()
-        if rank == 0:
-            print(json.dumps({"tokens": tokens, "seconds": time.perf_counter() - began}), flush=True)
+    take_turns(step, options, rank, dist.barrier)
     dist.destroy_process_group()
 
 

@@ -4,25 +4,20 @@
 
 Every layer has weights of its own, all ranks compute at once, sentences are packed without padding, torch's kernels
 write into memory that is there. No attention, no dropout, no update, no exchange: these have what a step takes longer,
-whatever program computes it with the same kernels. Turns are as in ddp_gloo.py.
+whatever program computes it with the same kernels. Turns are those of `turns.py`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from mpi4py import MPI
+from turns import parser_of, take_turns
 
 from mpitrain.model.card import load_card
 
-WARM_UP = 2
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -41,14 +36,7 @@ class Layer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="minilm-l6")
-    parser.add_argument("--batch", type=int, default=64, help="sentences of all ranks together")
-    parser.add_argument("--precision", choices=DTYPES, default="bf16")
-    parser.add_argument("--lengths", type=Path, default=Path(__file__).parent.parent / "lengths.txt")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=1)
-    options = parser.parse_args()
+    options = parser_of(__doc__).parse_args()
     comm = MPI.COMM_WORLD
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.size))
     card, dtype = load_card(options.model), DTYPES[options.precision]
@@ -67,17 +55,7 @@ def main() -> None:
             layer.run(buffers[size_in], other if size_in == size_out else buffers[size_out])
         return int(whole.sum())
 
-    for _ in range(WARM_UP):
-        step()
-    for _ in range(options.repeats):
-        if comm.rank == 0 and not sys.stdin.readline():
-            raise SystemExit("standard input ended before the last turn")
-        comm.Barrier()
-        began = time.perf_counter()
-        tokens = sum(step() for _ in range(options.steps))
-        comm.Barrier()
-        if comm.rank == 0:
-            print(json.dumps({"tokens": tokens, "seconds": time.perf_counter() - began}), flush=True)
+    take_turns(step, options, comm.rank, comm.Barrier)
 
 
 if __name__ == "__main__":
