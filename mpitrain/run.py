@@ -81,7 +81,7 @@ def build_stepper(
     """This rank's stage with its first weights, and all that trains it (collective); says how gradients travel."""
     stage, executor = build_stage(config, problem, place)
     mesh, transport = place.mesh, place.transport
-    buckets = fill_buckets(stage, int(config.comm.bucket_mib * 2**20), stage.tables)
+    buckets = fill_buckets(stage, int(config.comm.bucket_mib * 2**20), stage.tables, stage.stacks)
     exchange, why = choose_exchange(
         mesh.world,
         mesh.data_axis,

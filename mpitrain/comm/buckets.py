@@ -12,7 +12,7 @@ zero, stays so, and need not travel, as long as rows consist of whole blocks of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -201,23 +201,32 @@ class Bucket:
         del self.weights, self.gradients, self.reduced
 
 
-def fill_buckets(module: torch.nn.Module, bucket_bytes: int, tables: Collection[str] = ()) -> list[Bucket]:
+def fill_buckets(
+    module: torch.nn.Module, bucket_bytes: int, tables: Collection[str] = (), stacks: Iterable[Sequence[str]] = ()
+) -> list[Bucket]:
     """All parameters of a module in buckets of about `bucket_bytes` of fp32 gradients, in backward order.
 
     Args:
         module: whose named parameters are meant.
-        bucket_bytes: a bucket ends before it would be larger, unless one parameter alone is.
+        bucket_bytes: a bucket ends before it would be larger, unless what must not be cut is.
         tables: names of parameters that get sparse gradients; each is a bucket of its own, the last ones.
+        stacks: names of parameters that shall lie one behind the other, in forward order.
     """
     buckets: list[Bucket] = []
     waiting: list[tuple[str, torch.nn.Parameter]] = []
     size = 0
     named = dict(module.named_parameters())
-    for name, parameter in reversed([pair for pair in named.items() if pair[0] not in tables]):
-        if waiting and size + 4 * parameter.numel() > bucket_bytes:
+    stack_of = {name: stack for stack in stacks for name in stack}
+    for name in reversed([name for name in named if name not in tables]):
+        together = stack_of.get(name, [name])
+        if name != together[-1]:
+            continue  # it came with the last of its stack
+        found = [(each, named[each]) for each in together]
+        num_bytes = 4 * sum(parameter.numel() for _, parameter in found)
+        if waiting and size + num_bytes > bucket_bytes:
             buckets.append(Bucket(waiting))
             waiting, size = [], 0
-        waiting.append((name, parameter))
-        size += 4 * parameter.numel()
+        waiting += found
+        size += num_bytes
     buckets += [Bucket(waiting)] if waiting else []
     return buckets + [Bucket([(name, named[name])], by_rows=True) for name in tables]

@@ -3,7 +3,7 @@
 Inside, sequences of similar length are padded to the longest of their group, heads apart, so that attention is a few
 batched matrix products:
 
-    packed   a0 a1 a2 a3 b0 c0 c1 c2                rows of [num_tokens * num_heads, head_size]
+    packed   a0 a1 a2 a3 b0 c0 c1 c2                rows of head_size
     padded   a0 a1 a2 a3 / c0 c1 c2 -- / b0 -- ...  rows of one buffer; {a, c} is a group of its own, {b} another
 
 torch's fused attention would save memory, but it takes its dropout mask from its own generator, and its backward
@@ -12,27 +12,29 @@ pass is slow on CPUs for sequences as short as sentences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - its customary name
 
 from mpitrain.model.dropout import KeyedDropout
 
 # One more group costs as much as this many needless scores per head: measured on CPU, where times are flat from
 # half of it to four times that; on GPU a dozen more launches per layer stand against scores that cost almost nothing.
-GROUP_WORTH = {"cpu": 1 << 14, "cuda": 1 << 20}
+GROUP_WORTH = {"cpu": 1 << 11, "cuda": 1 << 20}
 # oneDNN compiles a kernel for every new shape, which takes longer than its product: lengths of groups are multiples
 # of this, and their numbers of sequences mostly of twice that, so that the same few shapes come again and again.
 LENGTH_UNIT = 4
 
 
 class Group(NamedTuple):
-    """Sequences that are padded to `length`; `mask` is bool [num_sequences, 1, 1, length], True at padding."""
+    """Sequences that are padded to `length`.
+
+    `mask` is bool [num_sequences, 1, 1, n], True at padding, for the last n places: all others are filled everywhere.
+    """
 
     num_sequences: int
     length: int
@@ -40,28 +42,35 @@ class Group(NamedTuple):
 
 
 class Padding(NamedTuple):
-    """How tokens of [num_tokens * num_heads, head_size] lie in the padded buffer.
+    """How heads of tokens, rows of head_size, lie in padded buffers.
 
     Attributes:
-        groups: one after the other.
-        slots: int64 [num_tokens * num_heads], the row of the buffer where each row of tokens goes.
-        sources: int64 [rows of the buffer], the row of tokens that each comes from; padding repeats one of its own
-            sequence, so that what is not finite stays there.
+        groups: one after the other, sequences in them, heads in these.
+        sources: int64 [3 * rows of a buffer], for the buffers of queries, keys and values the row of [num_tokens, 3,
+            num_heads] that each of theirs is; padding repeats one of its own sequence, so that what is not finite
+            stays there.
+        slots: int64 [num_tokens * 3 * num_heads], where each of those rows is in the three buffers.
+        context_slots: int64 [num_tokens * num_heads], the same for one buffer and rows of [num_tokens, num_heads].
+        rows, scores: of a buffer and of all its sequences' scores, how many belong to each group.
     """
 
     groups: list[Group]
-    slots: Tensor
     sources: Tensor
+    slots: Tensor
+    context_slots: Tensor
+    rows: list[int]
+    scores: list[int]
 
-    def split(self, num_heads: int, *buffers: Tensor) -> Iterator[tuple[Any, ...]]:
-        """Each group with its part of each buffer, [num_sequences * num_heads, length, head_size]."""
-        sizes = [group.num_sequences * num_heads * group.length for group in self.groups]
-        for group, *parts in zip(self.groups, *(torch.split(buffer, sizes) for buffer in buffers), strict=True):
-            yield group, *(part.view(-1, group.length, part.shape[1]) for part in parts)
+    def each(self, squares: Sequence[Tensor], *buffers: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Each group with its part of all scores, [num_sequences * num_heads, length, length], and of each buffer."""
+        parts = [*(torch.split(x, self.scores) for x in squares), *(torch.split(x, self.rows) for x in buffers)]
+        for group, *found in zip(self.groups, *parts, strict=True):
+            head_sizes = [group.length] * len(squares) + [x.shape[1] for x in buffers]
+            yield group, *(x.view(-1, group.length, size) for x, size in zip(found, head_sizes, strict=True))
 
 
-# Of a group's weights and its number: 1 where they are kept and 0 elsewhere, and the scale; None if all are kept.
-Draw = Callable[[Tensor, int], tuple[Tensor, float] | None]
+# Of weights: 1 where they are kept and 0 elsewhere, and the scale; None if all are kept.
+Draw = Callable[[Tensor], tuple[Tensor, float] | None]
 
 
 class PackedLayout:
@@ -98,21 +107,31 @@ class PackedLayout:
         order = np.argsort(-self.lengths, kind="stable")
         descending = self.lengths[order]
         groups = []
-        # Both of the rows of the buffer, group by group: where they come from, and whether they are no padding.
-        sources, filled = [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
+        # Of the rows of a buffer, group by group: where queries come from, and whether they are no padding.
+        queries, filled = [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
         for start, stop in _cut(descending, GROUP_WORTH.get(self.device.type, GROUP_WORTH["cuda"])):
             lengths = descending[start:stop, None]
             places = np.arange(-(-descending[start] // LENGTH_UNIT) * LENGTH_UNIT)
             tokens = self._starts[order[start:stop], None] + np.minimum(places, lengths - 1)
-            sources.append((tokens[:, None] * num_heads + np.arange(num_heads)[:, None]).reshape(-1))
+            queries.append((tokens[:, None] * 3 * num_heads + np.arange(num_heads)[:, None]).reshape(-1))
             filled.append(np.repeat(places < lengths, num_heads, axis=0).reshape(-1))
-            mask = places >= lengths
-            tensor = torch.from_numpy(mask[:, None, None, :]).to(self.device) if mask.any() else None
-            groups.append(Group(stop - start, len(places), tensor))
-        all_sources, rows = np.concatenate(sources), np.flatnonzero(np.concatenate(filled))
-        slots = np.empty(self.num_tokens * num_heads, np.int64)
-        slots[all_sources[rows]] = rows
-        return Padding(groups, torch.from_numpy(slots).to(self.device), torch.from_numpy(all_sources).to(self.device))
+            mask = (places >= lengths)[:, None, None, descending[stop - 1] :]
+            groups.append(Group(stop - start, len(places), self._tensor(mask) if mask.any() else None))
+        sources = np.concatenate(queries) + num_heads * np.arange(3)[:, None]
+        rows = np.flatnonzero(np.tile(np.concatenate(filled), 3))
+        slots = np.empty(self.num_tokens * 3 * num_heads, np.int64)
+        slots[sources.reshape(-1)[rows]] = rows
+        return Padding(
+            groups,
+            self._tensor(sources.reshape(-1)),
+            self._tensor(slots),
+            self._tensor(slots.reshape(-1, 3, num_heads)[:, 0].reshape(-1)),
+            [group.num_sequences * num_heads * group.length for group in groups],
+            [group.num_sequences * num_heads * group.length**2 for group in groups],
+        )
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
 
 def _cut(descending: NDArray[np.int64], worth: int) -> list[tuple[int, int]]:
@@ -125,66 +144,72 @@ def _cut(descending: NDArray[np.int64], worth: int) -> list[tuple[int, int]]:
 
 
 class _PackedAttention(torch.autograd.Function):
-    """See `packed_attention`; one node of the graph, where its many small operators would each be several."""
+    """See `packed_attention`; one node of the graph, where its many small operators would each be several.
+
+    What goes element by element is done for the scores of all groups at once.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, padding: Padding, num_heads: int, draw: Draw
-    ) -> Tensor:
-        head_size = query.shape[1] // num_heads
-        q, k, v = (x.reshape(-1, head_size).index_select(0, padding.sources) for x in (query, key, value))
-        context = torch.empty_like(q)
-        kept: list[Tensor | None] = []
-        ctx.dropout_scale = 1.0
-        for number, (group, queries, keys, values, contexts) in enumerate(padding.split(num_heads, q, k, v, context)):
-            scores = _product(queries, keys.transpose(1, 2), head_size**-0.5)
+    def forward(ctx: Any, projected: Tensor, padding: Padding, num_heads: int, draw: Draw) -> Tensor:
+        head_size = projected.shape[1] // (3 * num_heads)
+        rows = projected.reshape(-1, head_size).index_select(0, padding.sources).view(3, -1, head_size)
+        scores, context = rows.new_empty(sum(padding.scores)), torch.empty_like(rows[0])
+        for group, out, queries, keys in padding.each([scores], *rows[:2]):
+            _product(queries, keys.transpose(1, 2), head_size**-0.5, out)
             if group.mask is not None:
-                scores.view(-1, num_heads, *scores.shape[1:]).masked_fill_(group.mask, -torch.inf)
-            softmax = F.softmax(scores, dim=-1, dtype=torch.float32)
-            weights, keep = softmax.to(q.dtype), None
-            if (mask := draw(weights, number)) is not None:
-                keep, ctx.dropout_scale = mask
-                weights = (weights * keep).mul_(ctx.dropout_scale)
-            torch.bmm(weights, values, out=contexts)
-            kept += [softmax, weights, keep]
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.padding, ctx.num_heads = padding, num_heads
-        return context.index_select(0, padding.slots).view(query.shape)
+                last = out.view(-1, num_heads, *out.shape[1:])[..., -group.mask.shape[-1] :]
+                last.masked_fill_(group.mask, -torch.inf)
+        softmax = scores.float()
+        for _, part in padding.each([softmax]):
+            torch._softmax(part, -1, False, out=part)
+        weights, keep, ctx.dropout_scale = softmax.to(rows.dtype), None, 1.0
+        if (mask := draw(weights)) is not None:
+            keep, ctx.dropout_scale = mask
+            weights = weights * keep
+        for _, part, values, out in padding.each([weights], rows[2], context):
+            _product(part, values, ctx.dropout_scale, out)
+        ctx.save_for_backward(rows, softmax, weights, keep)
+        ctx.padding = padding
+        return context.index_select(0, padding.context_slots).view(len(projected), num_heads * head_size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
-        slots, head_size = ctx.padding.slots, q.shape[1]
+        rows, softmax, weights, keep = ctx.saved_tensors
+        padding, head_size = ctx.padding, rows.shape[2]
         # Zero where there is padding: nothing must come from what stands there.
-        context = torch.zeros_like(q).index_copy_(0, slots, gradient.reshape(-1, head_size))
-        sums = [torch.empty_like(q) for _ in range(3)]
-        groups = ctx.padding.split(ctx.num_heads, q, k, v, context, *sums)
-        for number, (_, queries, keys, values, contexts, for_queries, for_keys, for_values) in enumerate(groups):
-            softmax, weights, keep = kept[3 * number : 3 * number + 3]
-            torch.bmm(weights.transpose(1, 2), contexts, out=for_values)
-            for_weights = torch.bmm(contexts, values.transpose(1, 2))
-            if keep is not None:
-                for_weights.mul_(keep).mul_(ctx.dropout_scale)
-            for_scores = torch._softmax_backward_data(for_weights.float(), softmax, -1, torch.float32).to(q.dtype)
-            _product(for_scores, keys, head_size**-0.5, out=for_queries)
-            _product(for_scores.transpose(1, 2), queries, head_size**-0.5, out=for_keys)
-        return (*(x.index_select(0, slots).view(gradient.shape) for x in sums), None, None, None)
+        context = torch.zeros_like(rows[0])
+        context.index_copy_(0, padding.context_slots, gradient.reshape(-1, head_size))
+        sums, for_weights = torch.empty_like(rows), torch.empty_like(weights)
+        for _, part, out, contexts, values, for_values in padding.each(
+            [weights, for_weights], context, rows[2], sums[2]
+        ):
+            _product(part.transpose(1, 2), contexts, ctx.dropout_scale, for_values)
+            _product(contexts, values.transpose(1, 2), ctx.dropout_scale, out)
+        if keep is not None:
+            for_weights.mul_(keep)
+        for_scores = for_weights.float()
+        for _, part, of_softmax in padding.each([for_scores, softmax]):
+            torch._softmax_backward_data(part, of_softmax, -1, torch.float32, grad_input=part)
+        for _, part, queries, keys, for_queries, for_keys in padding.each(
+            [for_scores.to(rows.dtype)], *rows[:2], *sums[:2]
+        ):
+            _product(part, keys, head_size**-0.5, for_queries)
+            _product(part.transpose(1, 2), queries, head_size**-0.5, for_keys)
+        projected = sums.view(-1, head_size).index_select(0, padding.slots)
+        return projected.view(len(gradient), 3 * gradient.shape[1]), None, None, None
 
 
-def _product(a: Tensor, b: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
+def _product(a: Tensor, b: Tensor, factor: float, out: Tensor) -> None:
     """Batched product of a and b times `factor`, which meets sums that are not rounded yet."""
-    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2]) if out is None else out
-    return torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
+    torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
 
 
 # torch has no types for `apply`.
-_attention = cast("Callable[[Tensor, Tensor, Tensor, Padding, int, Draw], Tensor]", _PackedAttention.apply)
+_attention = cast("Callable[[Tensor, Padding, int, Draw], Tensor]", _PackedAttention.apply)
 
 
 def packed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    projected: Tensor,
     layout: PackedLayout,
     num_heads: int,
     dropout: KeyedDropout | None,
@@ -194,7 +219,8 @@ def packed_attention(
     """Scaled dot-product attention of every sequence with itself (Vaswani et al. 2017, section 3.2).
 
     Args:
-        query: [num_tokens, hidden]; key, value: likewise, of one dtype. Scores are normalised in float32.
+        projected: [num_tokens, 3 * hidden], queries, keys and values side by side, heads side by side in each. Scores
+            are normalised in float32.
         layout: of the micro-batch.
         num_heads: divides hidden.
         dropout: of the attention probabilities; None in evaluation.
@@ -205,7 +231,7 @@ def packed_attention(
         [num_tokens, hidden], heads side by side.
     """
 
-    def draw(weights: Tensor, group: int) -> tuple[Tensor, float] | None:
-        return dropout.mask(weights, probability, site, group) if dropout is not None else None
+    def draw(weights: Tensor) -> tuple[Tensor, float] | None:
+        return dropout.mask(weights, probability, site) if dropout is not None else None
 
-    return _attention(query, key, value, layout.padded(num_heads), num_heads, draw)
+    return _attention(projected, layout.padded(num_heads), num_heads, draw)

@@ -20,7 +20,7 @@ from mpitrain.errors import DataError
 from mpitrain.model.attention import PackedLayout, packed_attention
 from mpitrain.model.card import ModelCard
 from mpitrain.model.dropout import KeyedDropout
-from mpitrain.model.linear import linear
+from mpitrain.model.linear import linear, stacked_linear
 
 IGNORED_LABEL = -100
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -94,9 +94,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, layout: PackedLayout, dropout: KeyedDropout | None) -> Tensor:
         """[num_tokens, hidden_size] to the same, heads side by side."""
-        queries, keys, values = (each.linear(hidden) for each in (self.query, self.key, self.value))
+        maps = (self.query, self.key, self.value)
+        projected = stacked_linear(hidden, [each.weight for each in maps], [each.bias for each in maps])
         heads, probability = self.card.num_attention_heads, self.card.attention_probs_dropout_prob
-        return packed_attention(queries, keys, values, layout, heads, dropout, probability, self.site)
+        return packed_attention(projected, layout, heads, dropout, probability, self.site)
 
 
 class Residual(nn.Module):
@@ -110,8 +111,9 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, dropout: KeyedDropout | None) -> Tensor:
         """[num_tokens, size] and [num_tokens, hidden_size] to the latter."""
-        x = _drop(self.dense.linear(x), dropout, self.card.hidden_dropout_prob, self.site)
-        return self.LayerNorm.layer_norm(x + residual, self.card.layer_norm_eps)
+        x, probability = self.dense.linear(x), self.card.hidden_dropout_prob
+        x = residual + x if dropout is None else dropout.add(x, probability, self.site, residual)
+        return self.LayerNorm.layer_norm(x, self.card.layer_norm_eps)
 
 
 class Attention(nn.Module):
@@ -202,6 +204,12 @@ class BertStage(nn.Module):
     def tables(self) -> list[str]:
         """Names of the parameters whose gradients are sparse, [num_rows, size]: only rows that were looked up."""
         return ["bert.embeddings.word_embeddings.weight"] if self.has_embeddings else []
+
+    @property
+    def stacks(self) -> list[list[str]]:
+        """Names of matrices that are multiplied as one, if they lie one behind the other."""
+        names = [name for name, _ in self.named_parameters() if name.endswith(".self.query.weight")]
+        return [[name.replace(".query.", f".{each}.") for each in ("query", "key", "value")] for name in names]
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -9,7 +9,9 @@ makes it several times as fast as a float draw per element on a CPU, and the sam
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from hashlib import blake2b
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,26 +37,30 @@ class KeyedDropout:
         keep, scale = found
         return (x * keep).mul_(scale)  # scaled apart: bf16 would round the scale itself
 
-    def mask(self, x: Tensor, probability: float, site: int, part: int = 0) -> tuple[Tensor, float] | None:
+    def add(self, x: Tensor, probability: float, site: int, residual: Tensor) -> Tensor:
+        """Drop elements of `x` and add `residual`, of the same shape and dtype; rounded once."""
+        found = self.mask(x, probability, site)
+        return residual + x if found is None else _add_kept(x, residual, *found)
+
+    def mask(self, x: Tensor, probability: float, site: int) -> tuple[Tensor, float] | None:
         """1 where an element of `x` is kept and 0 elsewhere, with its shape and dtype, and the scale of what is kept.
 
         Args:
             x: any shape, floating.
             probability: of dropping an element, in [0, 1); None is returned if it is 0.
             site: number of the place in the network, unique in the whole model.
-            part: tells apart several tensors of one site.
         """
         dropped = min(round(probability * LEVELS), LEVELS - 1)
         if dropped == 0:
             return None
         keep = torch.empty_like(x, memory_format=torch.contiguous_format, requires_grad=False)
         # Written straight into the dtype of x: a bool mask costs ten times as much in the products with it.
-        torch.ge(self._bits(x, site, part), dropped - LEVELS // 2, out=keep)
+        torch.ge(self._bits(x, site), dropped - LEVELS // 2, out=keep)
         return keep, LEVELS / (LEVELS - dropped)
 
-    def _bits(self, x: Tensor, site: int, part: int) -> Tensor:
+    def _bits(self, x: Tensor, site: int) -> Tensor:
         """Uniform int16 numbers of the shape of `x`."""
-        digest = blake2b(struct.pack("<5q", *self.key, site, part), digest_size=8).digest()
+        digest = blake2b(struct.pack("<4q", *self.key, site), digest_size=8).digest()
         seed, count = int.from_bytes(digest, "little"), x.numel() // 4 + 1
         if x.device.type == "cpu":  # twice as fast as torch's
             draws = torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64))
@@ -62,3 +68,19 @@ class KeyedDropout:
             generator = torch.Generator(x.device).manual_seed(seed)
             draws = torch.empty(count, dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
         return draws.view(torch.int16)[: x.numel()].view(x.shape)
+
+
+class _AddKept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, keep: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return torch.addcmul(residual, x, keep, value=scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (keep,) = ctx.saved_tensors
+        return (gradient * keep).mul_(ctx.scale), gradient, None, None
+
+
+_add_kept = cast("Callable[[Tensor, Tensor, Tensor, float], Tensor]", _AddKept.apply)

@@ -12,19 +12,19 @@ from mpitrain.model.dropout import KeyedDropout
 HEADS, HIDDEN = 3, 12
 
 
-def inputs(num_tokens, seed=0):
+def projections(num_tokens, seed=0):
+    """Queries, keys and values side by side."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (num_tokens, HIDDEN)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    return torch.randn(num_tokens, 3 * HIDDEN, generator=generator, dtype=torch.float64, requires_grad=True)
 
 
-def one_by_one(query, key, value, lengths):
+def one_by_one(projected, lengths):
     """Each sequence on its own through torch's attention: the oracle."""
 
     def heads(x):
         return x.view(len(x), HEADS, -1).transpose(0, 1)
 
-    parts = zip(*(x.split(list(lengths)) for x in (query, key, value)), strict=True)
+    parts = zip(*(x.split(list(lengths)) for x in projected.split(HIDDEN, dim=1)), strict=True)
     outputs = [scaled_dot_product_attention(*map(heads, part)).transpose(0, 1).reshape(-1, HIDDEN) for part in parts]
     return torch.cat(outputs)
 
@@ -37,15 +37,13 @@ def worth(request, monkeypatch):
 
 @pytest.mark.parametrize("lengths", [[1], [5], [4, 4, 4], [1, 7, 2, 7, 1, 3], [9, 1, 1, 1]])
 def test_packed_attention_and_its_gradients_equal_attention_of_each_sequence_alone(lengths, worth):
-    packed, alone = inputs(sum(lengths)), inputs(sum(lengths))
-    result = packed_attention(*packed, PackedLayout(lengths), HEADS, None, 0.1, 0)
-    expected = one_by_one(*alone, lengths)
+    packed, alone = projections(sum(lengths)), projections(sum(lengths))
+    result = packed_attention(packed, PackedLayout(lengths), HEADS, None, 0.1, 0)
+    expected = one_by_one(alone, lengths)
     torch.testing.assert_close(result.float(), expected.float(), atol=1e-6, rtol=1e-5)
     weights = torch.randn(expected.shape, dtype=torch.float64)
-    for ours, theirs in zip(
-        torch.autograd.grad(result, packed, weights), torch.autograd.grad(expected, alone, weights), strict=True
-    ):
-        torch.testing.assert_close(ours.float(), theirs.float(), atol=1e-5, rtol=1e-5)
+    (ours,), (theirs,) = torch.autograd.grad(result, packed, weights), torch.autograd.grad(expected, alone, weights)
+    torch.testing.assert_close(ours.float(), theirs.float(), atol=1e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=40)
@@ -53,20 +51,22 @@ def test_packed_attention_and_its_gradients_equal_attention_of_each_sequence_alo
 def test_the_padded_rows_of_any_layout_are_distinct_and_hold_each_sequence_in_order(lengths, worth):
     patch = pytest.MonkeyPatch()
     patch.setitem(attention.GROUP_WORTH, "cpu", worth)
-    groups, slots, sources = PackedLayout(lengths).padded(HEADS)
+    padding = PackedLayout(lengths).padded(HEADS)
     patch.undo()
-    rows = sum(group.num_sequences * HEADS * group.length for group in groups)
-    assert len(set(slots.tolist())) == len(slots) == HEADS * sum(lengths)
-    assert rows >= len(slots) and (len(slots) == 0 or int(slots.max()) < rows)
-    for sequence in slots.view(-1, HEADS).split(lengths):
+    rows, slots = sum(padding.rows), padding.slots.view(-1, 3, HEADS)
+    assert len(padding.sources) == 3 * rows and len(set(padding.slots.tolist())) == 3 * HEADS * sum(lengths)
+    assert padding.sources[padding.slots].tolist() == list(range(len(padding.slots)))
+    assert torch.equal(slots // max(rows, 1), torch.arange(3)[None, :, None].expand(slots.shape))
+    assert torch.equal(padding.context_slots.view(-1, HEADS), slots[:, 0])
+    for sequence in slots.split(lengths):
         assert (sequence.diff(dim=0) == 1).all()
-    assert sources[slots].tolist() == list(range(len(slots)))
     owners = np.repeat(np.arange(len(lengths)), lengths)
-    for group, part in zip(groups, sources.split([g.num_sequences * HEADS * g.length for g in groups]), strict=True):
-        of_rows = part.view(group.num_sequences, HEADS, group.length)
-        assert (of_rows % HEADS == torch.arange(HEADS)[:, None]).all()
-        for sequence in owners[of_rows // HEADS].reshape(group.num_sequences, -1):
-            assert len(set(sequence)) == 1  # padding repeats its own sequence
+    for buffer in padding.sources.view(3, rows):
+        for group, part in zip(padding.groups, buffer.split(padding.rows), strict=True):
+            of_rows = part.view(group.num_sequences, HEADS, group.length)
+            assert (of_rows % HEADS == torch.arange(HEADS)[:, None]).all()
+            for sequence in owners[of_rows // (3 * HEADS)].reshape(group.num_sequences, -1):
+                assert len(set(sequence)) == 1  # padding repeats its own sequence
 
 
 def test_similar_lengths_share_a_group_and_very_different_ones_do_not():
@@ -75,40 +75,53 @@ def test_similar_lengths_share_a_group_and_very_different_ones_do_not():
 
 
 def test_a_sequence_sees_neither_its_neighbours_nor_padding(worth):
-    query, key, value = (x.detach() for x in inputs(9))
+    projected = projections(9).detach()
     layout = PackedLayout([2, 4, 3])
-    before = packed_attention(query, key, value, layout, HEADS, None, 0.0, 0)
-    for x in (query, key, value):
-        x[2:6] = 1e6
-    after = packed_attention(query, key, value, layout, HEADS, None, 0.0, 0)
+    before = packed_attention(projected, layout, HEADS, None, 0.0, 0)
+    projected[2:6] = 1e6
+    after = packed_attention(projected, layout, HEADS, None, 0.0, 0)
     assert torch.equal(before[:2], after[:2]) and torch.equal(before[6:], after[6:])
 
 
 def test_an_empty_layout_gives_no_rows_and_zero_gradients():
-    packed = inputs(0)
-    result = packed_attention(*packed, PackedLayout(np.array([], np.int64)), HEADS, KeyedDropout(0, 0, 0), 0.1, 0)
+    packed = projections(0)
+    result = packed_attention(packed, PackedLayout(np.array([], np.int64)), HEADS, KeyedDropout(0, 0, 0), 0.1, 0)
     result.sum().backward()
-    assert result.shape == (0, HIDDEN) and all(x.grad is not None for x in packed)
+    assert result.shape == (0, HIDDEN) and packed.grad is not None
 
 
 def test_dropout_hangs_on_the_key_alone(worth):
-    layout, packed = PackedLayout([6, 2, 6, 2]), inputs(16)
+    layout, packed = PackedLayout([6, 2, 6, 2]), projections(16)
     first, again, other = (
-        packed_attention(*packed, layout, HEADS, KeyedDropout(0, step, 0), 0.5, 0) for step in (4, 4, 5)
+        packed_attention(packed, layout, HEADS, KeyedDropout(0, step, 0), 0.5, 0) for step in (4, 4, 5)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_each_group_has_a_dropout_mask_of_its_own(worth):
-    drawn = []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dropout_meets_probabilities_and_its_gradient_is_that_of_finite_differences(worth, dtype):
+    layout = PackedLayout([3, 1, 5, 2])
+    packed = projections(11).detach().to(dtype)
 
-    class Recorder(KeyedDropout):
-        def mask(self, x, probability, site, part=0):
-            drawn.append((site, part))
-            return super().mask(x, probability, site, part)
+    class Fixed(KeyedDropout):
+        """Keeps what a pattern says, in double precision too, so that torch's attention can take it as a mask."""
 
-    packed_attention(*inputs(16), PackedLayout([6, 2, 7, 1]), HEADS, Recorder(0, 0, 0), 0.5, 9)
-    assert len(set(drawn)) == len(drawn) == (3 if worth == 1 else 1)
+        def mask(self, x, probability, site):
+            pattern = torch.arange(x.numel()) % 3 != 0
+            return pattern.to(x.dtype).view(x.shape), 1.5
+
+    def output(x):
+        return packed_attention(x, layout, HEADS, Fixed(0, 0, 0), 0.3, 0)
+
+    direction = torch.randn(packed.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weights = torch.randn(11, HIDDEN, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x = packed.clone().requires_grad_()
+    slope = (torch.autograd.grad(output(x), x, weights)[0].double() * direction.double()).sum()
+    step = 1e-2
+    wide = packed.double()
+    ahead, behind = (output(wide + sign * step * direction.double()) for sign in (1, -1))
+    expected = ((ahead - behind) * weights.double()).sum() / (2 * step)
+    torch.testing.assert_close(slope, expected, rtol=0.05 if dtype == torch.bfloat16 else 1e-3, atol=0.02)
 
 
 def test_positions_count_from_zero_in_each_sequence():

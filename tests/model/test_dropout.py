@@ -4,8 +4,8 @@ import torch
 from mpitrain.model.dropout import KeyedDropout
 
 
-def kept(dropout, shape=(64, 33), probability=0.25, site=3, dtype=torch.float32, part=0):
-    return dropout.mask(torch.ones(shape, dtype=dtype), probability, site, part)[0] == 1
+def kept(dropout, shape=(64, 33), probability=0.25, site=3, dtype=torch.float32):
+    return dropout.mask(torch.ones(shape, dtype=dtype), probability, site)[0] == 1
 
 
 def test_the_same_key_drops_the_same_elements_whatever_was_drawn_before():
@@ -21,9 +21,8 @@ def test_another_seed_step_or_micro_batch_drops_others(key):
     assert not torch.equal(kept(KeyedDropout(1, 2, 3)), kept(KeyedDropout(*key)))
 
 
-@pytest.mark.parametrize("place", [{"site": 4}, {"part": 1}])
-def test_another_place_drops_others(place):
-    assert not torch.equal(kept(KeyedDropout(1, 2, 3)), kept(KeyedDropout(1, 2, 3), **place))
+def test_another_site_drops_others():
+    assert not torch.equal(kept(KeyedDropout(1, 2, 3)), kept(KeyedDropout(1, 2, 3), site=4))
 
 
 def test_the_mask_does_not_depend_on_the_dtype():
@@ -49,6 +48,17 @@ def test_the_gradient_is_dropped_and_scaled_alike():
     y = KeyedDropout(0, 0, 0)(x, 0.5, 0)
     y.sum().backward()
     torch.testing.assert_close(x.grad * x, y)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5])
+def test_what_is_added_is_neither_dropped_nor_scaled(probability):
+    x, residual = (torch.randn(7, 5, requires_grad=True) for _ in range(2))
+    weights = torch.randn(7, 5)
+    found = KeyedDropout(0, 0, 0).add(x, probability, 3, residual)
+    expected = KeyedDropout(0, 0, 0)(x, probability, 3) + residual
+    torch.testing.assert_close(found, expected)
+    theirs = torch.autograd.grad(expected, (x, residual), weights)
+    torch.testing.assert_close(torch.autograd.grad(found, (x, residual), weights), theirs)
 
 
 def test_probability_zero_and_tensors_without_elements_pass():

@@ -31,3 +31,37 @@ def test_bf16_and_double_stay_with_torch():
     for dtype in (torch.bfloat16, torch.float64):
         x, weight, bias = (torch.ones(shape, dtype=dtype) for shape in ((2, 4), (3, 4), (3,)))
         assert torch.equal(module.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_several_layers_at_once_are_each_of_them(monkeypatch, onednn, together, rows):
+    if onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("reason: this torch was built without oneDNN")
+    monkeypatch.setattr(module, "prefers_onednn", lambda: onednn)
+    torch.manual_seed(0)
+    x = torch.randn(rows, 8, requires_grad=True)
+    memory = torch.randn(15, 8)
+    weights = [part.detach() if together else part.clone() for part in memory.split([4, 8, 3])]
+    weights, biases = (
+        [each.requires_grad_() for each in weights],
+        [torch.randn(n, requires_grad=True) for n in (4, 8, 3)],
+    )
+    found = module.stacked_linear(x, weights, biases)
+    expected = torch.cat([F.linear(x, *each) for each in zip(weights, biases, strict=True)], dim=1)
+    torch.testing.assert_close(found, expected)
+    gradient = torch.randn(rows, 15)
+    inputs = [x, *weights, *biases]
+    ours, theirs = (torch.autograd.grad(each, inputs, gradient) for each in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_only_what_lies_one_behind_the_other_is_not_copied():
+    memory = torch.arange(40.0).view(10, 4)
+    first, second, third = memory.split([2, 5, 3])
+    assert module._stack([first, second, third]).data_ptr() == memory.data_ptr()
+    assert torch.equal(module._stack([first, second, third]), memory)
+    for others in ([second, first], [first, third], [first, second.clone()], [memory[::2], memory[1::2]]):
+        assert torch.equal(module._stack(others), torch.cat(others))
+        assert module._stack(others).data_ptr() != others[0].data_ptr()

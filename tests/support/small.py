@@ -101,7 +101,7 @@ def train_small(
     stage = BertStage(card, NUM_LABELS, *split_blocks(block_costs(card, NUM_LABELS, 20.0), pipe)[mesh.stage])
     initialize(stage, card, settings.seed)
     stage.to(device)
-    buckets = fill_buckets(stage, 20_000, stage.tables)
+    buckets = fill_buckets(stage, 20_000, stage.tables, stage.stacks)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
     exchange, why = choose_exchange(
         mesh.world,
