@@ -210,7 +210,7 @@ def fill_buckets(
         module: whose named parameters are meant.
         bucket_bytes: a bucket ends before it would be larger, unless what must not be cut is.
         tables: names of parameters that get sparse gradients; each is a bucket of its own, the last ones.
-        stacks: names of parameters that shall lie one behind the other, in forward order.
+        stacks: names of parameters that must be adjacent, in forward order.
     """
     buckets: list[Bucket] = []
     waiting: list[tuple[str, torch.nn.Parameter]] = []

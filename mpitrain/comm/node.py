@@ -136,7 +136,7 @@ class NodeExchange(Exchange):
         return touched
 
     def _reduce_rows(self, number: int, touched_rows: torch.Tensor) -> None:
-        """The same, of what is not zero in the slice: whole blocks of it."""
+        """As `reduce`, of what is not zero in the slice: whole blocks of it."""
         bucket, share = self.buckets[number], self._shares[number]
         stop = share.start + len(share.summed)
         shape = (len(share.summed) // UNIT, UNIT)

@@ -12,7 +12,7 @@ pass is slow on CPUs for sequences as short as sentences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 from mpitrain.model.dropout import KeyedDropout
 
 # One more group costs as much as this many needless scores per head: measured on CPU, where times are flat from
-# half of it to four times that; on GPU a dozen more launches per layer stand against scores that cost almost nothing.
+# half of it to four times that; on GPU nine more launches per layer stand against scores that cost almost nothing.
 GROUP_WORTH = {"cpu": 1 << 11, "cuda": 1 << 20}
 # oneDNN compiles a kernel for every new shape, which takes longer than its product: lengths of groups are multiples
 # of this, and their numbers of sequences mostly of twice that, so that the same few shapes come again and again.
@@ -33,11 +33,16 @@ LENGTH_UNIT = 4
 class Group(NamedTuple):
     """Sequences that are padded to `length`.
 
-    `mask` is bool [num_sequences, 1, 1, n], True at padding, for the last n places: all others are filled everywhere.
+    Attributes:
+        length: a multiple of LENGTH_UNIT.
+        num_rows: of a padded buffer, num_sequences * num_heads * length.
+        num_scores: num_rows * length.
+        mask: bool [num_sequences, 1, 1, n], True at padding, for the last n places: all others are filled everywhere.
     """
 
-    num_sequences: int
     length: int
+    num_rows: int
+    num_scores: int
     mask: Tensor | None
 
 
@@ -51,22 +56,28 @@ class Padding(NamedTuple):
             stays there.
         slots: int64 [num_tokens * 3 * num_heads], where each of those rows is in the three buffers.
         context_slots: int64 [num_tokens * num_heads], the same for one buffer and rows of [num_tokens, num_heads].
-        rows, scores: of a buffer and of all its sequences' scores, how many belong to each group.
     """
 
     groups: list[Group]
     sources: Tensor
     slots: Tensor
     context_slots: Tensor
-    rows: list[int]
-    scores: list[int]
 
-    def each(self, squares: Sequence[Tensor], *buffers: Tensor) -> Iterator[tuple[Any, ...]]:
-        """Each group with its part of all scores, [num_sequences * num_heads, length, length], and of each buffer."""
-        parts = [*(torch.split(x, self.scores) for x in squares), *(torch.split(x, self.rows) for x in buffers)]
+    @property
+    def num_scores(self) -> int:
+        """Of all groups."""
+        return sum(group.num_scores for group in self.groups)
+
+    def each(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Each group with its part of all scores (flat), [n, length, length], or of a buffer, [n, length, head_size].
+
+        Here n is num_sequences * num_heads.
+        """
+        rows = [group.num_rows for group in self.groups]
+        scores = [group.num_scores for group in self.groups]
+        parts = [torch.split(x, scores if x.dim() == 1 else rows) for x in tensors]
         for group, *found in zip(self.groups, *parts, strict=True):
-            head_sizes = [group.length] * len(squares) + [x.shape[1] for x in buffers]
-            yield group, *(x.view(-1, group.length, size) for x, size in zip(found, head_sizes, strict=True))
+            yield group, *(x.view(-1, group.length, *(x.shape[1:] or [group.length])) for x in found)
 
 
 # Of weights: 1 where they are kept and 0 elsewhere, and the scale; None if all are kept.
@@ -116,7 +127,8 @@ class PackedLayout:
             queries.append((tokens[:, None] * 3 * num_heads + np.arange(num_heads)[:, None]).reshape(-1))
             filled.append(np.repeat(places < lengths, num_heads, axis=0).reshape(-1))
             mask = (places >= lengths)[:, None, None, descending[stop - 1] :]
-            groups.append(Group(stop - start, len(places), self._tensor(mask) if mask.any() else None))
+            count = filled[-1].size
+            groups.append(Group(len(places), count, count * len(places), self._tensor(mask) if mask.any() else None))
         sources = np.concatenate(queries) + num_heads * np.arange(3)[:, None]
         rows = np.flatnonzero(np.tile(np.concatenate(filled), 3))
         slots = np.empty(self.num_tokens * 3 * num_heads, np.int64)
@@ -126,8 +138,6 @@ class PackedLayout:
             self._tensor(sources.reshape(-1)),
             self._tensor(slots),
             self._tensor(slots.reshape(-1, 3, num_heads)[:, 0].reshape(-1)),
-            [group.num_sequences * num_heads * group.length for group in groups],
-            [group.num_sequences * num_heads * group.length**2 for group in groups],
         )
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
@@ -153,20 +163,20 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx: Any, projected: Tensor, padding: Padding, num_heads: int, draw: Draw) -> Tensor:
         head_size = projected.shape[1] // (3 * num_heads)
         rows = projected.reshape(-1, head_size).index_select(0, padding.sources).view(3, -1, head_size)
-        scores, context = rows.new_empty(sum(padding.scores)), torch.empty_like(rows[0])
-        for group, out, queries, keys in padding.each([scores], *rows[:2]):
+        scores, context = rows.new_empty(padding.num_scores), torch.empty_like(rows[0])
+        for group, out, queries, keys in padding.each(scores, *rows[:2]):
             _product(queries, keys.transpose(1, 2), head_size**-0.5, out)
             if group.mask is not None:
                 last = out.view(-1, num_heads, *out.shape[1:])[..., -group.mask.shape[-1] :]
                 last.masked_fill_(group.mask, -torch.inf)
         softmax = scores.float()
-        for _, part in padding.each([softmax]):
-            torch._softmax(part, -1, False, out=part)
+        for _, part in padding.each(softmax):
+            torch.softmax(part, -1, out=part)
         weights, keep, ctx.dropout_scale = softmax.to(rows.dtype), None, 1.0
         if (mask := draw(weights)) is not None:
             keep, ctx.dropout_scale = mask
             weights = weights * keep
-        for _, part, values, out in padding.each([weights], rows[2], context):
+        for _, part, values, out in padding.each(weights, rows[2], context):
             _product(part, values, ctx.dropout_scale, out)
         ctx.save_for_backward(rows, softmax, weights, keep)
         ctx.padding = padding
@@ -180,19 +190,16 @@ class _PackedAttention(torch.autograd.Function):
         context = torch.zeros_like(rows[0])
         context.index_copy_(0, padding.context_slots, gradient.reshape(-1, head_size))
         sums, for_weights = torch.empty_like(rows), torch.empty_like(weights)
-        for _, part, out, contexts, values, for_values in padding.each(
-            [weights, for_weights], context, rows[2], sums[2]
-        ):
+        for _, part, out, contexts, values, for_values in padding.each(weights, for_weights, context, rows[2], sums[2]):
             _product(part.transpose(1, 2), contexts, ctx.dropout_scale, for_values)
             _product(contexts, values.transpose(1, 2), ctx.dropout_scale, out)
         if keep is not None:
             for_weights.mul_(keep)
         for_scores = for_weights.float()
-        for _, part, of_softmax in padding.each([for_scores, softmax]):
+        for _, part, of_softmax in padding.each(for_scores, softmax):
             torch._softmax_backward_data(part, of_softmax, -1, torch.float32, grad_input=part)
-        for _, part, queries, keys, for_queries, for_keys in padding.each(
-            [for_scores.to(rows.dtype)], *rows[:2], *sums[:2]
-        ):
+        for_scores = for_scores.to(rows.dtype)
+        for _, part, queries, keys, for_queries, for_keys in padding.each(for_scores, *rows[:2], *sums[:2]):
             _product(part, keys, head_size**-0.5, for_queries)
             _product(part.transpose(1, 2), queries, head_size**-0.5, for_keys)
         projected = sums.view(-1, head_size).index_select(0, padding.slots)

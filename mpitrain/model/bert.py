@@ -207,7 +207,7 @@ class BertStage(nn.Module):
 
     @property
     def stacks(self) -> list[list[str]]:
-        """Names of matrices that are multiplied as one, if they lie one behind the other."""
+        """Names of matrices that are multiplied as one, and need no copy for that where they are adjacent in memory."""
         names = [name for name, _ in self.named_parameters() if name.endswith(".self.query.weight")]
         return [[name.replace(".query.", f".{each}.") for each in ("query", "key", "value")] for name in names]
 

@@ -63,15 +63,16 @@ def _by_onednn(x: Tensor) -> bool:
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """One below the other: a view where they lie so in memory already, else a copy."""
+    """One below the other: a view of contiguous matrices that are adjacent in memory, else a copy."""
     first = tensors[0]
-    end = first.data_ptr()
+    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
     for tensor in tensors:
-        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (same and tensor.is_contiguous() and tensor.data_ptr() == end):
+        adjacent = tensor.untyped_storage().data_ptr() == storage and tensor.data_ptr() == end
+        if not (adjacent and tensor.is_contiguous()):
             return torch.cat(list(tensors))
         end += tensor.nbytes
-    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+    # Not first.stride(): a single row counts as contiguous whatever it is.
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), (*first.shape[1:], 1))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def stacked_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
 
     Args:
         x: [m, k].
-        weights: [n_i, k] each; nothing is copied if they lie one behind the other in memory.
+        weights: [n_i, k] each; copied by each call unless they are adjacent in memory, as in buckets.
         biases: [n_i] each.
 
     Returns:

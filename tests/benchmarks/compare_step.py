@@ -1,11 +1,12 @@
-"""A training step of ours beside that of DistributedDataParallel over gloo, and beside its own matrix products alone.
+"""A training step of ours beside that of DistributedDataParallel over gloo, and beside its own kernels alone.
 
     python tests/benchmarks/compare_step.py [--rows minilm-l6:64:2 bert-base-uncased:32:8] [--repeats 10]
 
 A row is model : global batch : ranks. The jobs take turns on one machine: they are started by mpirun and stay; who is
 not at turn is stopped by signal, so that it takes no core. Where they do not fit into memory together, they are started
-anew for every turn. Products alone are a bound to what any program can reach with the same kernels. Memory is the
-proportional set size (PSS) of all ranks, read from outside after each turn; the largest counts.
+anew for every turn. Two bounds to what any program can reach with torch take part: the kernels of a step alone, and
+nothing but the matrix products of its linear layers. Memory is the proportional set size (PSS) of all ranks, read from
+outside after each turn; the largest counts.
 """
 
 from __future__ import annotations
@@ -104,9 +105,10 @@ def contenders(row: str, options: argparse.Namespace, folder: Path, number: int)
     store = str(folder / f"store-{row}-{number}")
     peer = [str(HERE / "peers" / "ddp_gloo.py"), "--model", model, "--batch", batch, *turns]
     peer += ["--precision", options.precision, "--store", store]
-    bound = [str(HERE / "peers" / "products.py"), "--model", model, "--batch", batch, *turns]
-    bound += ["--precision", options.precision]
-    return {"mpitrain": Job(launch + ours), "ddp_gloo": Job(launch + peer), "products": Job(launch + bound)}
+    kernels = [str(HERE / "peers" / "kernels.py"), "--model", model, "--batch", batch, *turns]
+    kernels += ["--precision", options.precision]
+    lines = {"mpitrain": ours, "ddp_gloo": peer, "kernels": kernels, "products": [*kernels, "--products"]}
+    return {name: Job(launch + line) for name, line in lines.items()}
 
 
 def compare(row: str, options: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -123,14 +125,17 @@ def compare(row: str, options: argparse.Namespace, folder: Path) -> dict[str, ob
     finally:
         for job in jobs.values():
             job.end()
-    ours, peer, bound = (jobs[name] for name in ("mpitrain", "ddp_gloo", "products"))
+    ours, peer = jobs["mpitrain"], jobs["ddp_gloo"]
     ratios = [a / b for a, b in zip(ours.rates, peer.rates, strict=True)]
     return {
         "row": row,
         "tokens_per_second": {name: statistics.median(job.rates) for name, job in jobs.items()},
         "speedup": statistics.median(ours.rates) / statistics.median(peer.rates),
         "speedup_range": [min(ratios), max(ratios)],
-        "bound": statistics.median(bound.rates) / statistics.median(peer.rates),
+        "bounds": {
+            name: statistics.median(jobs[name].rates) / statistics.median(peer.rates)
+            for name in ("kernels", "products")
+        },
         "pss": {name: job.pss for name, job in jobs.items()},
         "pss_ratio": ours.pss / peer.pss,
         "command": {name: " ".join(job.command[1:]) for name, job in jobs.items()},
@@ -169,7 +174,8 @@ def main() -> None:
             print(
                 f"{row:<24}{rates['mpitrain']:>8,.0f} tokens/s, DDP {rates['ddp_gloo']:>7,.0f}: "
                 f"{found[-1]['speedup']:.2f} times ({found[-1]['speedup_range'][0]:.2f} to "
-                f"{found[-1]['speedup_range'][1]:.2f}; products alone {found[-1]['bound']:.2f}); "
+                f"{found[-1]['speedup_range'][1]:.2f}; kernels alone {found[-1]['bounds']['kernels']:.2f}, "
+                f"products alone {found[-1]['bounds']['products']:.2f}); "
                 f"memory {pss['mpitrain'] / 2**30:.2f} GiB, {found[-1]['pss_ratio']:.0%} of DDP's",
                 flush=True,
             )

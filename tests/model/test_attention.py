@@ -53,7 +53,7 @@ def test_the_padded_rows_of_any_layout_are_distinct_and_hold_each_sequence_in_or
     patch.setitem(attention.GROUP_WORTH, "cpu", worth)
     padding = PackedLayout(lengths).padded(HEADS)
     patch.undo()
-    rows, slots = sum(padding.rows), padding.slots.view(-1, 3, HEADS)
+    rows, slots = sum(group.num_rows for group in padding.groups), padding.slots.view(-1, 3, HEADS)
     assert len(padding.sources) == 3 * rows and len(set(padding.slots.tolist())) == 3 * HEADS * sum(lengths)
     assert padding.sources[padding.slots].tolist() == list(range(len(padding.slots)))
     assert torch.equal(slots // max(rows, 1), torch.arange(3)[None, :, None].expand(slots.shape))
@@ -62,10 +62,10 @@ def test_the_padded_rows_of_any_layout_are_distinct_and_hold_each_sequence_in_or
         assert (sequence.diff(dim=0) == 1).all()
     owners = np.repeat(np.arange(len(lengths)), lengths)
     for buffer in padding.sources.view(3, rows):
-        for group, part in zip(padding.groups, buffer.split(padding.rows), strict=True):
-            of_rows = part.view(group.num_sequences, HEADS, group.length)
+        for _, part in padding.each(buffer[:, None]):
+            of_rows = part.view(-1, HEADS, part.shape[1])
             assert (of_rows % HEADS == torch.arange(HEADS)[:, None]).all()
-            for sequence in owners[of_rows // (3 * HEADS)].reshape(group.num_sequences, -1):
+            for sequence in owners[of_rows // (3 * HEADS)].reshape(len(of_rows), -1):
                 assert len(set(sequence)) == 1  # padding repeats its own sequence
 
 
@@ -98,30 +98,43 @@ def test_dropout_hangs_on_the_key_alone(worth):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_dropout_meets_probabilities_and_its_gradient_is_that_of_finite_differences(worth, dtype):
-    layout = PackedLayout([3, 1, 5, 2])
-    packed = projections(11).detach().to(dtype)
+def dense(projected, length, dropout, probability, site):
+    """Attention of sequences of one length by plain operators, with dropout of the probabilities: the oracle."""
+    query, key, value = projected.view(-1, length, 3, HEADS, HIDDEN // HEADS).permute(2, 0, 3, 1, 4)
+    weights = (query @ key.transpose(-1, -2) / (HIDDEN // HEADS) ** 0.5).softmax(-1)
+    return (dropout(weights, probability, site) @ value).transpose(1, 2).reshape(-1, HIDDEN)
 
-    class Fixed(KeyedDropout):
-        """Keeps what a pattern says, in double precision too, so that torch's attention can take it as a mask."""
 
-        def mask(self, x, probability, site):
-            pattern = torch.arange(x.numel()) % 3 != 0
-            return pattern.to(x.dtype).view(x.shape), 1.5
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_dropout_meets_probabilities_and_scales_them(dtype, tolerance):
+    packed = projections(16).detach().to(dtype).requires_grad_()
+    exact = packed.detach().double().requires_grad_()
+    result = packed_attention(packed, PackedLayout([8, 8]), HEADS, KeyedDropout(0, 0, 0), 0.3, 5)
+    expected = dense(exact, 8, KeyedDropout(0, 0, 0), 0.3, 5)
+    weights = torch.randn(16, HIDDEN, generator=torch.Generator().manual_seed(1))
+    (ours,) = torch.autograd.grad(result, packed, weights.to(dtype))
+    (theirs,) = torch.autograd.grad(expected, exact, weights.to(dtype).double())
+    for found, wanted in ((result, expected), (ours, theirs)):
+        assert float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm()) < tolerance
+
+
+def test_dropout_drops_the_same_in_both_directions(worth):
+    layout, packed = PackedLayout([3, 1, 5, 2]), projections(11)
+    weights, direction = projections(11, seed=1)[:, :HIDDEN].detach(), projections(11, seed=2).detach()
 
     def output(x):
-        return packed_attention(x, layout, HEADS, Fixed(0, 0, 0), 0.3, 0)
+        return (packed_attention(x, layout, HEADS, KeyedDropout(0, 0, 0), 0.3, 5) * weights).sum()
 
-    direction = torch.randn(packed.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    weights = torch.randn(11, HIDDEN, generator=torch.Generator().manual_seed(2)).to(dtype)
-    x = packed.clone().requires_grad_()
-    slope = (torch.autograd.grad(output(x), x, weights)[0].double() * direction.double()).sum()
-    step = 1e-2
-    wide = packed.double()
-    ahead, behind = (output(wide + sign * step * direction.double()) for sign in (1, -1))
-    expected = ((ahead - behind) * weights.double()).sum() / (2 * step)
-    torch.testing.assert_close(slope, expected, rtol=0.05 if dtype == torch.bfloat16 else 1e-3, atol=0.02)
+    slope = (torch.autograd.grad(output(packed), packed)[0] * direction).sum()
+    ahead, behind = (output(packed.detach() + step * direction) for step in (1e-2, -1e-2))
+    torch.testing.assert_close(slope, (ahead - behind) / 2e-2, rtol=1e-3, atol=1e-3)
+
+
+def test_a_product_is_rounded_once():
+    a, b = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    out = torch.empty(1, 16, 16, dtype=torch.bfloat16)
+    attention._product(a, b, 1 / 0.9, out)
+    assert torch.equal(out, (a.double() @ b.double() / 0.9).bfloat16())
 
 
 def test_positions_count_from_zero_in_each_sequence():

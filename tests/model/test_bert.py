@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import BertConfig, BertForTokenClassification
 
+from mpitrain.comm.buckets import fill_buckets
 from mpitrain.errors import DataError
 from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import (
@@ -132,14 +133,30 @@ def test_no_two_places_of_the_model_share_a_dropout_site():
     used = []
 
     class Recorder(KeyedDropout):
-        def mask(self, x, probability, site, part=0):
-            used.append((site, part, probability))
+        def mask(self, x, probability, site):
+            used.append((site, probability))
 
     card = UNCASED.model_copy(update={"attention_probs_dropout_prob": 0.2, "classifier_dropout": 0.3})
     tokens, labels, layout = batch(card, UNEVEN)
     through(cut(card, 3), tokens, labels, layout, Recorder(0, 0, 0))
-    assert len(used) == len({place[:2] for place in used})
-    assert sorted(place[2] for place in used if place[1] == 0) == [0.1] * 9 + [0.2] * 4 + [0.3]
+    assert len(used) == len({site for site, _ in used})
+    assert sorted(probability for _, probability in used) == [0.1] * 9 + [0.2] * 4 + [0.3]
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 20_000, 10**9])
+def test_matrices_that_are_multiplied_as_one_are_adjacent_in_their_bucket(bucket_bytes):
+    (stage,) = cut(UNCASED, 1)
+    buckets = fill_buckets(stage, bucket_bytes, stage.tables, stage.stacks)
+    places = {member.name: (bucket, member.start, member.stop) for bucket in buckets for member in bucket.members}
+    assert sum(len(bucket.members) for bucket in buckets) == len(places) == len(dict(stage.named_parameters()))
+    assert len(stage.stacks) == UNCASED.num_hidden_layers
+    for names in stage.stacks:
+        query, key, value = (places[name] for name in names)
+        assert query[0] is key[0] is value[0] and query[2] == key[1] and key[2] == value[1]
+    for bucket in buckets:
+        num_bytes = 4 * sum(member.parameter.numel() for member in bucket.members)
+        whole = len(bucket.members) == 1 or [member.name for member in bucket.members] in stage.stacks
+        assert whole or num_bytes <= bucket_bytes
 
 
 def test_initial_weights_are_those_of_bert_and_hang_on_seed_and_name_only():

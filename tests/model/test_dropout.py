@@ -61,6 +61,13 @@ def test_what_is_added_is_neither_dropped_nor_scaled(probability):
     torch.testing.assert_close(torch.autograd.grad(found, (x, residual), weights), theirs)
 
 
+def test_a_sum_is_rounded_once():
+    x, residual = torch.randn(2, 100, 37, generator=torch.Generator().manual_seed(0)).bfloat16()
+    keep, scale = KeyedDropout(0, 0, 0).mask(x, 0.1, 3)
+    exact = residual.double() + x.double() * keep.double() * scale
+    assert torch.equal(KeyedDropout(0, 0, 0).add(x, 0.1, 3, residual), exact.bfloat16())
+
+
 def test_probability_zero_and_tensors_without_elements_pass():
     x = torch.randn(3, 3)
     assert KeyedDropout(0, 0, 0)(x, 0.0, 0) is x

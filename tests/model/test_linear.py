@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -62,6 +63,10 @@ def test_only_what_lies_one_behind_the_other_is_not_copied():
     first, second, third = memory.split([2, 5, 3])
     assert module._stack([first, second, third]).data_ptr() == memory.data_ptr()
     assert torch.equal(module._stack([first, second, third]), memory)
-    for others in ([second, first], [first, third], [first, second.clone()], [memory[::2], memory[1::2]]):
+    rows = [memory[::2][:1], memory[1:2]]  # contiguous whatever its stride is, as it is but one
+    columns = [memory[:, :2], memory[5:, :2]]  # the second begins where as many elements as the first has end
+    storages = [torch.from_numpy(part) for part in np.split(np.ones((4, 4), np.float32), 2)]  # adjacent, but two
+    assert torch.equal(module._stack(rows), memory[:2])
+    for others in ([second, first], [first, third], [first, second.clone()], columns, storages):
         assert torch.equal(module._stack(others), torch.cat(others))
         assert module._stack(others).data_ptr() != others[0].data_ptr()
