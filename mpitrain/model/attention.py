@@ -122,7 +122,7 @@ class PackedLayout:
         queries, filled = [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
         for start, stop in _cut(descending, GROUP_WORTH.get(self.device.type, GROUP_WORTH["cuda"])):
             lengths = descending[start:stop, None]
-            places = np.arange(-(-descending[start] // LENGTH_UNIT) * LENGTH_UNIT)
+            places = np.arange(int(_padded(descending[start])))
             tokens = self._starts[order[start:stop], None] + np.minimum(places, lengths - 1)
             queries.append((tokens[:, None] * 3 * num_heads + np.arange(num_heads)[:, None]).reshape(-1))
             filled.append(np.repeat(places < lengths, num_heads, axis=0).reshape(-1))
@@ -145,12 +145,29 @@ class PackedLayout:
 
 
 def _cut(descending: NDArray[np.int64], worth: int) -> list[tuple[int, int]]:
-    """Cut lengths, longest first, in groups; a cut is made where it saves at least `worth` scores per head."""
-    cuts = [0]
-    for place in [place for place in (1, 2, 4, *range(8, len(descending), 8)) if place < len(descending)]:
-        if (len(descending) - place) * (descending[cuts[-1]] ** 2 - descending[place] ** 2) >= worth:
-            cuts.append(place)
-    return list(zip(cuts, [*cuts[1:], len(descending)], strict=True)) if len(descending) else []
+    """Bounds of the groups of lengths, longest first, that have the fewest scores per head plus `worth` for each group.
+
+    By dynamic programming over the places where a cut may be: `least[k]` is the cost of all before the k-th.
+    """
+    if not (size := len(descending)):
+        return []
+    places = np.array([0, *(place for place in (1, 2, 4, *range(8, size, 8)) if place < size), size])
+    squares = _padded(descending[places[:-1]]) ** 2
+    least, came_from = np.zeros(len(places), np.int64), np.zeros(len(places), np.int64)
+    for k in range(1, len(places)):
+        costs = least[:k] + (places[k] - places[:k]) * squares[:k] + worth
+        came_from[k] = costs.argmin()
+        least[k] = costs.min()
+    bounds, k = [], len(places) - 1
+    while k:
+        bounds.append((int(places[came_from[k]]), int(places[k])))
+        k = int(came_from[k])
+    return bounds[::-1]
+
+
+def _padded(lengths: Any) -> Any:
+    """Integers, rounded up to multiples of LENGTH_UNIT."""
+    return -(-lengths // LENGTH_UNIT) * LENGTH_UNIT
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -171,7 +188,7 @@ class _PackedAttention(torch.autograd.Function):
                 last.masked_fill_(group.mask, -torch.inf)
         softmax = scores.float()
         for _, part in padding.each(softmax):
-            torch.softmax(part, -1, out=part)
+            torch._softmax(part, -1, False, out=part)  # torch.softmax would make one more copy
         weights, keep, ctx.dropout_scale = softmax.to(rows.dtype), None, 1.0
         if (mask := draw(weights)) is not None:
             keep, ctx.dropout_scale = mask

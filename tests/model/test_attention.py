@@ -1,3 +1,5 @@
+from itertools import combinations, pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,22 @@ def test_the_padded_rows_of_any_layout_are_distinct_and_hold_each_sequence_in_or
 def test_similar_lengths_share_a_group_and_very_different_ones_do_not():
     assert len(PackedLayout([30, 28, 29, 31]).padded(HEADS).groups) == 1
     assert len(PackedLayout([500, 3, 4, 5, 3]).padded(HEADS).groups) == 2
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=30), st.integers(0, 20000))
+def test_no_other_cut_costs_less(lengths, worth):
+    descending = np.sort(lengths)[::-1]
+    places = [place for place in (1, 2, 4, 8, 16, 24) if place < len(lengths)]
+
+    def cost(bounds):
+        return sum((stop - start) * attention._padded(descending[start]) ** 2 + worth for start, stop in bounds)
+
+    choices = (cuts for count in range(len(places) + 1) for cuts in combinations(places, count))
+    least = min(cost(pairwise([0, *cuts, len(lengths)])) for cuts in choices)
+    found = attention._cut(descending, worth)
+    assert list(found) == list(pairwise([0, *(stop for _, stop in found)])) and found[-1][1] == len(lengths)
+    assert cost(found) == least
 
 
 def test_a_sequence_sees_neither_its_neighbours_nor_padding(worth):
