@@ -87,7 +87,7 @@ def test_a_host_whose_ranks_are_killed_ends_the_job_on_all_hosts(hosts, tmp_path
 
 
 def test_a_link_that_is_cut_for_three_seconds_changes_no_number(hosts, tmp_path):
-    process = begin(hosts.command((1, 1, 1), SCRIPT, "30", "0.1", cwd=tmp_path), tmp_path)
+    process = begin(hosts.command((1, 1, 1), SCRIPT, "60", "0.1", cwd=tmp_path), tmp_path)
     wait_for_step(5, tmp_path, process)
     hosts.cut("host2")
     time.sleep(1)  # a step that was under way may still end
@@ -96,5 +96,5 @@ def test_a_link_that_is_cut_for_three_seconds_changes_no_number(hosts, tmp_path)
     stood_still = progress(tmp_path) == before
     hosts.heal("host2")
     found = numbers_of(finish(process, LIMIT))
-    assert stood_still and 5 <= before < 29, "the link was not cut while they trained"
-    assert len(found["losses"][0]) == 30
+    assert stood_still and 5 <= before < 59, "the link was not cut while they trained"
+    assert len(found["losses"][0]) == 60
