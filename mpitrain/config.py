@@ -85,7 +85,8 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """dtype of weights and activations in the passes; master weights are always fp32"""
     reproducible: bool = False
-    """the same bits on any data x pipe mesh of powers of two, with the same threads per rank; slower"""
+    """the same bits on any data x pipe mesh of powers of two, with the same threads per rank: gradients are summed in
+    fp32 by a tree, in place of --comm.algorithm; slower"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of initial weights, order of the data, dropout"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -138,9 +139,9 @@ class Comm(Section):
     @model_validator(mode="after")
     def _wire_fits(self) -> Self:
         if self.algorithm == "native" and self.wire_dtype == "bf16":
-            raise ValueError("algorithm native sums in fp32 on the wire; take wire_dtype fp32, or algorithm ring")
+            raise ValueError("--comm.algorithm native sums in fp32 on the wire; take --comm.wire_dtype fp32, or ring")
         if self.error_feedback and self.wire_dtype != "bf16":
-            raise ValueError("error_feedback sends what a bf16 wire loses; take wire_dtype bf16 as well")
+            raise ValueError("--comm.error_feedback sends what a bf16 wire loses; take --comm.wire_dtype bf16 as well")
         return self
 
 
@@ -165,7 +166,7 @@ class Config(BaseSettings):
     data: str = "sample"
     """dataset recipe by name or path, a folder or file of tagged text, or a folder of prepared shards"""
     out: Path | None = None
-    """run directory; runs/<model>-<data>-<n> if not given"""
+    """run directory; runs/<model>-<data>-<n> if not given (bench writes nothing then)"""
     resume: str = "auto"
     """auto: from the newest checkpoint in the run directory, if any; none; or a run or checkpoint directory"""
     mesh: Mesh = Mesh()

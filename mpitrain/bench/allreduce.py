@@ -83,7 +83,9 @@ def bench_allreduce(comm: Comm, console: Console, *, sizes: Sequence[int], repea
     with _gloo(comm, console):
         for dtype in DTYPES:
             for size in sorted(sizes, reverse=True):  # what does not fit into memory should be known at once
+                began = perf_counter()
                 rows += _measure(comm, transport, dtype, size, repeats)
+                console.say("timed", f"{dtype}, {size >> 10:,} KiB: {perf_counter() - began:.1f} s in all")
             for table in tables_of([row for row in rows if row.dtype == dtype]):
                 console.show(table)
     with together(comm, "writing results"):

@@ -74,6 +74,7 @@ def bench_step(
     place = find_place(comm, config, problem, console)
     num_steps = WARM_UP + repeats * steps
     stepper = build_stepper(config, problem, place, console, num_steps=num_steps, peak=LEARNING_RATES["scratch"])
+    console.say("bench", f"{config.model}, batch {config.train.batch_size}, {config.train.precision}, random tokens")
     run = _turns(stepper, config, problem, _random_split(found, problem.card))
     run(WARM_UP)
     turns: list[Turn] = []

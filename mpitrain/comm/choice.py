@@ -104,6 +104,7 @@ def _obstacle_to_sharing(world: Comm, node: Comm, transport: Transport, layout: 
         mine = "a GPU's memory is not shared"
     elif free is not None and needed + HEADROOM > free:
         mine = f"{SHARED_MEMORY} has {free >> 20:,} MiB free, {needed >> 20:,} MiB are needed"
+        mine += " (killed jobs may have left files there)"
     found = collect(world, [mine, node.size])
     alone = ALONE if max(size for _, size in found) == 1 else ""
     return next((obstacle for obstacle, _ in found if obstacle), alone)
