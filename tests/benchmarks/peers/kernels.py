@@ -192,7 +192,8 @@ def main() -> None:
     layers = [Layer(card, dtype, common, options.products) for _ in range(card.num_hidden_layers)]
     linears = [each for layer in layers for each in (layer.project, layer.merge, layer.widen, layer.narrow)]
     num_elements = sum(each.weight.numel() for each in linears)
-    update = Update(num_elements, card.vocab_size * card.hidden_size, comm.size, dtype)
+    table = card.vocab_size * card.hidden_size
+    update = None if options.products else Update(num_elements, table, comm.size, dtype)
     lengths = np.repeat(*np.loadtxt(options.lengths, np.int64, unpack=True))
     generator = np.random.default_rng(0)
 
@@ -205,7 +206,7 @@ def main() -> None:
             x = layer.forward(x, sequences, KeyedDropout(0, 0, 0))
         for layer in reversed(layers):
             gradient = layer.backward(gradient)
-        if not options.products:
+        if update is not None:
             update.run()
         return int(whole.sum())
 
