@@ -22,9 +22,9 @@ from torch import Tensor
 
 from mpitrain.model.dropout import KeyedDropout
 
-# One more group costs as much as this many needless scores per head: measured on CPU, where times are flat from
-# half of it to four times that; on GPU nine more launches per layer stand against scores that cost almost nothing.
-GROUP_WORTH = {"cpu": 1 << 11, "cuda": 1 << 20}
+# One more group costs as much as this many needless scores of all heads together: on CPU some 150 us for the calls of
+# its operators against 5 ns a score; on GPU nine more launches per layer stand against scores that cost almost nothing.
+GROUP_WORTH = {"cpu": 1 << 15, "cuda": 1 << 23}
 # oneDNN compiles a kernel for every new shape, which takes longer than its product: lengths of groups are multiples
 # of this, and their numbers of sequences mostly of twice that, so that the same few shapes come again and again.
 LENGTH_UNIT = 4
@@ -120,7 +120,8 @@ class PackedLayout:
         groups = []
         # Of the rows of a buffer, group by group: where queries come from, and whether they are no padding.
         queries, filled = [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
-        for start, stop in _cut(descending, GROUP_WORTH.get(self.device.type, GROUP_WORTH["cuda"])):
+        worth = GROUP_WORTH.get(self.device.type, GROUP_WORTH["cuda"])
+        for start, stop in _cut(descending, worth // num_heads):
             lengths = descending[start:stop, None]
             places = np.arange(int(_padded(descending[start])))
             tokens = self._starts[order[start:stop], None] + np.minimum(places, lengths - 1)
