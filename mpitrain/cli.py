@@ -56,7 +56,7 @@ def command_parser(command: str) -> _Parser:
         parser.add_argument("--to", choices=["conll", "jsonl"], default="conll", help="of the output")
     if command == "bench":
         parser.add_argument("what", choices=["allreduce", "step"], metavar="allreduce|step", help="what to time")
-        parser.add_argument("--repeats", type=_count, default=21, metavar="N", help="turns (default: 21)")
+        parser.add_argument("--repeats", type=_count, default=21, metavar="N", help="turns (default: %(default)s)")
         parser.add_argument("--kib", type=_counts, metavar="N,N,...", help="allreduce: sizes (default: 64 to 262144)")
         parser.add_argument("--steps", type=_count, metavar="N", help="step: steps in a turn")
         parser.add_argument("--lengths", type=Path, metavar="FILE", help="step: lines of a length and how many have it")

@@ -36,14 +36,17 @@ class Group(NamedTuple):
     Attributes:
         length: a multiple of LENGTH_UNIT.
         num_rows: of a padded buffer, num_sequences * num_heads * length.
-        num_scores: num_rows * length.
         mask: bool [num_sequences, 1, 1, n], True at padding, for the last n places: all others are filled everywhere.
     """
 
     length: int
     num_rows: int
-    num_scores: int
     mask: Tensor | None
+
+    @property
+    def num_scores(self) -> int:
+        """Of all heads of all sequences."""
+        return self.num_rows * self.length
 
 
 class Padding(NamedTuple):
@@ -128,8 +131,7 @@ class PackedLayout:
             queries.append((tokens[:, None] * 3 * num_heads + np.arange(num_heads)[:, None]).reshape(-1))
             filled.append(np.repeat(places < lengths, num_heads, axis=0).reshape(-1))
             mask = (places >= lengths)[:, None, None, descending[stop - 1] :]
-            count = filled[-1].size
-            groups.append(Group(len(places), count, count * len(places), self._tensor(mask) if mask.any() else None))
+            groups.append(Group(len(places), filled[-1].size, self._tensor(mask) if mask.any() else None))
         sources = np.concatenate(queries) + num_heads * np.arange(3)[:, None]
         rows = np.flatnonzero(np.tile(np.concatenate(filled), 3))
         slots = np.empty(self.num_tokens * 3 * num_heads, np.int64)

@@ -5,8 +5,8 @@
 What is left out is what a step takes longer, whatever program calls these kernels: there is no autograd, no embedding,
 no loss, no padding (all sequences have the length whose square is the mean square) and none of the copies that put
 heads apart; nothing is sent and gradients are not put anywhere, but each rank adds up as many as it would own and
-updates that many weights. Every layer has weights and activations of its own, in memory that is there. All ranks
-compute at once. Turns are those of `turns.py`.
+updates that many weights. Every layer has weights and activations of its own; products write into memory that is there.
+All ranks compute at once. Turns are those of `turns.py`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its customary name
 from turns import parser_of, take_turns
 
+from mpitrain.comm.node import CHUNK
 from mpitrain.model.card import ModelCard, load_card
 from mpitrain.model.dropout import KeyedDropout
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CHUNK = 1 << 18  # elements that are added up at once
+from mpitrain.place import DTYPES
 
 
 class Memory:
@@ -62,7 +61,7 @@ class Linear:
 
 
 class Layer:
-    """An encoder layer; `memory` holds what its backward pass reads, `common` what no other step of it does."""
+    """An encoder layer; `memory` holds what its backward pass reads, `common`, shared by all layers, the rest."""
 
     def __init__(self, card: ModelCard, dtype: torch.dtype, common: Memory, products: bool) -> None:
         hidden, wide = card.hidden_size, card.intermediate_size
