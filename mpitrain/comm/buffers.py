@@ -20,7 +20,7 @@ from mpitrain.runtime.agree import Comm
 CPU = torch.device("cpu")
 MAX_MESSAGE = 1 << 30  # bytes; Open MPI 5.0 refuses messages of more than 2^31
 SHORTEST_NAP, LONGEST_NAP = 20e-6, 1e-3  # seconds between two looks at pending requests
-LONGEST_YIELDING = 200e-6  # seconds, a few naps as the kernel rounds them: what comes sooner is seen at once
+YIELDING = 200e-6  # seconds, a few naps as the kernel rounds them: what comes sooner is seen at once
 
 
 def memory(tensor: torch.Tensor) -> Any:
@@ -37,12 +37,14 @@ class Transport:
         direct: MPI gets the tensors' own memory; by default that of CPU tensors only.
         patient: ranks outnumber cores, on some node: sleep between looks at what takes long. The same on all ranks.
         background: another thread of this rank computes meanwhile: sleep from the first look on.
+        yielding: seconds for which who is patient only yields its core between looks; then it sleeps.
     """
 
     device: torch.device = CPU
     direct: bool | None = None
     patient: bool = False
     background: bool = False
+    yielding: float = YIELDING
 
     @property
     def staged(self) -> bool:
@@ -97,7 +99,7 @@ class Transport:
         began = time.perf_counter()
         while not done():
             waited = time.perf_counter() - began
-            if self.background or (self.patient and waited > LONGEST_YIELDING):
+            if self.background or (self.patient and waited > self.yielding):
                 # In proportion to the wait so far: an eighth too late at most, and a long wait costs others no time.
                 time.sleep(min(max(waited / 8, SHORTEST_NAP), LONGEST_NAP))
             else:

@@ -28,7 +28,7 @@ from mpitrain.runtime.agree import Comm
 from mpitrain.split import aligned_part
 
 SEGMENT = 1 << 18  # elements; 1 MiB of fp32: long against a message's latency, short against a chunk
-CROWDED_SEGMENT = 1 << 20  # where a rank that waits for a segment gives its core away, and has to get it back
+CROWDED_SEGMENT = 1 << 19  # where a rank that waits for a segment gives its core away, and has to get it back
 
 
 class AllReduce:

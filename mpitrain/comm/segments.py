@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,10 @@ from mpitrain.comm.buffers import Transport, memory
 from mpitrain.runtime.agree import Comm
 
 TAG = 7
-RECEIVES_AHEAD = 4  # receives posted before their segment is due
+RECEIVES_AHEAD = 2  # receives posted; more buffers only push each other out of caches
+CROWDED_RECEIVES_AHEAD = 1  # where caches are shared too, and a sender waits for its core rather than for a receive
 SENDS_AHEAD = 2  # staged segments that are copied or sent at a time
+YIELDING = 5e-3  # seconds: ranks of a ring compute little, and a nap of one holds up all others
 
 
 class Part(NamedTuple):
@@ -44,11 +47,12 @@ class Landing:
         """None yet."""
         self._held: dict[torch.dtype, list[torch.Tensor]] = {}
 
-    def buffers(self, longest: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-        """Some, of this length."""
+    def buffers(self, longest: int, dtype: torch.dtype, transport: Transport) -> list[torch.Tensor]:
+        """As many as receives are posted, of this length."""
         held = self._held.setdefault(dtype, [])
         if not held or len(held[0]) < longest:
-            held[:] = [torch.empty(longest, dtype=dtype, device=device) for _ in range(RECEIVES_AHEAD)]
+            count = CROWDED_RECEIVES_AHEAD if transport.patient else RECEIVES_AHEAD
+            held[:] = [torch.empty(longest, dtype=dtype, device=transport.device) for _ in range(count)]
         return held
 
 
@@ -91,10 +95,10 @@ class Inbox:
         self._left = (comm.rank - 1) % comm.size
         self._sizes = [part.tensor.numel() for part in targets]
         self._places = list(targets)
+        self._num_ahead = len(targets)
         if landing is not None:
-            buffers = landing.buffers(max(self._sizes, default=0), dtype, transport.device)
-            self._places = self._lay_out(buffers)
-        self._num_ahead = RECEIVES_AHEAD if landing is not None else len(targets)
+            buffers = landing.buffers(max(self._sizes, default=0), dtype, transport)
+            self._places, self._num_ahead = self._lay_out(buffers), len(buffers)
         self._requests: deque[MPI.Request] = deque()
         self._num_taken = 0
 
@@ -207,6 +211,7 @@ def open_boxes(
     comm: Comm, transport: Transport, targets: Sequence[Part], dtype: torch.dtype, landing: Landing | None = None
 ) -> tuple[Outbox, Inbox]:
     """For segments that arrive in `dtype`, through the buffers of `landing`, or in the targets themselves."""
+    transport = replace(transport, yielding=YIELDING)
     if transport.staged:
         outbox = StagedOutbox(comm, transport)
         return outbox, StagedInbox(comm, transport, targets, dtype, landing, outbox)

@@ -74,8 +74,8 @@ def test_a_buffer_is_not_filled_anew_before_its_copy_to_the_device_has_ended(com
         assert torch.equal(inbox.next(), segment)
         assert torch.equal(targets[number], segment if in_place else torch.zeros(10))
     outbox.wait()
-    again = ["copied", "receive", "copy"]
-    assert log == ["receive"] * 4 + ["copy"] + again * 2 + ["copy"] * 3
+    ahead, again = segments.RECEIVES_AHEAD, ["copied", "receive", "copy"]
+    assert log == ["receive"] * ahead + ["copy"] + again * (6 - ahead) + ["copy"] * (ahead - 1)
 
 
 def test_two_segments_are_staged_at_a_time_and_all_leave_in_order(comm):
