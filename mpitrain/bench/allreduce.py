@@ -1,9 +1,9 @@
 """`mpitrain bench allreduce`: our ways of summing gradients against MPI's own and gloo's, taking turns in one run.
 
 The time of a turn is that of its slowest rank. All contenders meet the same state of the machine, because each repeat
-runs all of them, in an order that turns. Every contender begins with a tensor on each rank and ends when each rank can
-read the sum; before any timing its sum is checked. Only the node algorithm sums fp32 gradients in the bf16 table too:
-it gives bf16 weights, as in training.
+runs all of them, in an order drawn anew. Every contender begins with a tensor on each rank and ends when each rank can
+read the sum: in memory of its own, or (`node`) each slice where its owner has summed it, in memory that all share.
+Before any timing the sum is checked. Only the node algorithm sums fp32 gradients in the bf16 table too.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ RATIOS = [("node", "MPI"), ("ring", "MPI"), ("node", "gloo")]
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to sum: what each rank brings, and what brings about the sum and says where it is."""
+    """A way to sum: what each rank brings, what brings about the sum, and what puts it in one piece to be checked."""
 
     values: torch.Tensor
-    run: Callable[[], torch.Tensor]
+    run: Callable[[], Any]
+    whole_sum: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def _measure(comm: Comm, transport: Transport, dtype: str, size: int, repeats: i
             _check(comm, name, contender)
         names = list(contenders)
         seconds = np.empty((repeats, len(names)))
+        generator = np.random.default_rng(0)  # the same on all ranks
         for repeat in range(-WARM_UP, repeats):
-            for turn in range(len(names)):
-                number = (repeat + turn) % len(names)
+            for number in generator.permutation(len(names)):
                 elapsed = _seconds(comm, contenders[names[number]])
                 if repeat >= 0:
                     seconds[repeat, number] = elapsed
@@ -129,7 +130,8 @@ def _check(comm: Comm, name: str, contender: Contender) -> None:
     whole = torch.arange(contender.values.numel()).remainder_(7)
     factors = [2, *(1 - 2 * (rank % 2) for rank in range(1, comm.size))]  # neighbours' sums are -1 to 2: exact in bf16
     contender.values.copy_(whole * factors[comm.rank])
-    found = contender.run()
+    contender.run()
+    found = contender.whole_sum()
     with together(comm, f"checking {name}"):
         if not torch.equal(found, (whole * sum(factors)).to(found.dtype)):
             raise RuntimeError(f"{name} summed {whole.numel():,} elements wrongly")
@@ -143,7 +145,7 @@ def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Itera
     """
 
     def in_place(reduce: Callable[[], Any]) -> Contender:
-        return Contender(values, lambda: (reduce(), values)[1])
+        return Contender(values, reduce, lambda: values)
 
     bucket = Bucket([("values", torch.nn.Parameter(torch.zeros(values.shape, dtype=values.dtype)))])
     try:
@@ -151,7 +153,7 @@ def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Itera
     except UsageError as error:
         size = values.nbytes >> 10
         raise on_all_ranks(UsageError(f"--kib {size}: smaller sizes would work ({error})")) from None
-    found = {"node": Contender(bucket.gradients, lambda: _by_node(exchange, bucket))}
+    found = {"node": _by_node(comm, exchange, bucket)}
     found["ring"] = in_place(ring.AllReduce(comm, values, transport))
     if values.dtype == torch.float32:
         found["ring16"] = in_place(ring.AllReduce(comm, values, transport, torch.bfloat16))
@@ -163,12 +165,19 @@ def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Itera
     exchange.close()
 
 
-def _by_node(exchange: Exchange, bucket: Bucket) -> torch.Tensor:
-    exchange.reduce(0)
-    for piece in bucket.pieces:
-        piece.weights.copy_(piece.gradients)  # stands for the update
-    exchange.spread()
-    return bucket.weights
+def _by_node(comm: Comm, exchange: Exchange, bucket: Bucket) -> Contender:
+    def publish() -> torch.Tensor:
+        for piece in bucket.pieces:
+            piece.weights.copy_(piece.gradients)
+        exchange.spread()
+        return bucket.weights
+
+    def run() -> None:
+        exchange.reduce(0)
+        publish() if between_hosts else exchange.spread()
+
+    between_hosts = _num_hosts(comm) > 1  # other hosts cannot read what lies here: weights are sent, not sums
+    return Contender(bucket.gradients, run, publish)
 
 
 def _by_native(comm: Comm, values: torch.Tensor, transport: Transport) -> None:
@@ -179,7 +188,7 @@ def _by_native(comm: Comm, values: torch.Tensor, transport: Transport) -> None:
 @contextmanager
 def _gloo(comm: Comm, console: Console) -> Iterator[None]:
     """torch.distributed's process group over the same ranks, where gloo can be had (collective)."""
-    host = platform.node() if len(set(collect(comm, platform.node()))) > 1 else "localhost"
+    host = platform.node() if _num_hosts(comm) > 1 else "localhost"
     where = share(comm, f"tcp://{host}:{_free_port()}" if comm.rank == 0 else "")
     wait = timedelta(seconds=60)
     try:
@@ -195,6 +204,10 @@ def _gloo(comm: Comm, console: Console) -> Iterator[None]:
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _num_hosts(comm: Comm) -> int:
+    return len(set(collect(comm, platform.node())))
 
 
 def _free_port() -> int:
