@@ -74,15 +74,15 @@ class ShardedAdamW:
 
     def step(self, learning_rate: float, gradient_factor: float) -> None:
         """Update what is owned with gradients times `gradient_factor`; to spread the result is the caller's part."""
-        if gradient_factor != 1.0 and self._owned:
-            torch._foreach_mul_(self.gradients(), gradient_factor)
         for decayed in (True, False):
             group = [owned for owned in self._owned if decays(owned.piece.name) is decayed]
             if group:
-                self._update(group, learning_rate, self._options.weight_decay if decayed else 0.0)
+                self._update(group, learning_rate, gradient_factor, self._options.weight_decay if decayed else 0.0)
         self.publish()
 
-    def _update(self, group: list[_Owned], learning_rate: float, weight_decay: float) -> None:
+    def _update(self, group: list[_Owned], learning_rate: float, gradient_factor: float, weight_decay: float) -> None:
+        # The kernel divides, and writes back what it has divided: nothing is gained by a 1.
+        divisor = torch.tensor(1 / gradient_factor, device=group[0].exp_avg.device) if gradient_factor != 1.0 else None
         torch._foreach_add_([owned.num_updates for owned in group], 1)
         torch._fused_adamw_(
             [owned.piece.master for owned in group],
@@ -98,6 +98,7 @@ class ShardedAdamW:
             eps=self._options.adam_epsilon,
             amsgrad=False,
             maximize=False,
+            grad_scale=divisor,
         )
 
     def publish(self) -> None:
