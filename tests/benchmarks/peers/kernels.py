@@ -3,10 +3,11 @@
     mpirun -np 2 python tests/benchmarks/peers/kernels.py --model minilm-l6 --batch 64 [--products]
 
 What is left out is what a step takes longer, whatever program calls these kernels: there is no autograd, no embedding,
-no loss, no padding (all sequences have the length whose square is the mean square) and none of the copies that put
-heads apart; nothing is sent and gradients are not put anywhere, but each rank adds up as many as it would own and
-updates that many weights. Every layer has weights and activations of its own; products write into memory that is there.
-All ranks compute at once. Turns are those of `turns.py`.
+no loss, no padding (all sequences have the length whose square is the mean square); nothing is sent, but each rank adds
+up as many gradients as it would own and updates that many weights. Heads are put apart, as products of batches want
+them, and gradients of weights are cast to fp32, as torch's products have the dtype of what is multiplied. Every layer
+has weights and activations of its own; products write into memory that is there. All ranks compute at once. Turns are
+those of `turns.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Linear:
 
     def __init__(self, size_in: int, size_out: int, dtype: torch.dtype, products: bool) -> None:
         self.weight = (torch.randn(size_out, size_in) * size_in**-0.5).to(dtype)
-        self.gradient, self.bias = torch.empty_like(self.weight), torch.zeros(size_out, dtype=dtype)
+        self.gradient, self.bias = torch.zeros(size_out, size_in), torch.zeros(size_out, dtype=dtype)
         self.products = products
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
@@ -53,9 +54,10 @@ class Linear:
             return torch.mm(x, self.weight.t(), out=out)
         return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
-    def backward(self, gradient: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        torch.mm(gradient.t(), x, out=self.gradient)
+    def backward(self, gradient: Tensor, x: Tensor, out: Tensor, common: Memory) -> Tensor:
+        of_weight = torch.mm(gradient.t(), x, out=common.take("weight", *self.weight.shape))
         if not self.products:
+            self.gradient.copy_(of_weight)
             gradient.sum(0)
         return torch.mm(gradient, self.weight, out=out)
 
@@ -75,16 +77,27 @@ class Layer:
     def forward(self, x: Tensor, sequences: tuple[int, int], dropout: KeyedDropout) -> Tensor:
         take, tokens, hidden = self.memory.take, len(x), self.card.hidden_size
         self.saved, self.sequences = [(x,)], sequences
-        self.project.forward(x, take("projected", tokens, 3 * hidden))
-        if not self.products:
-            self.attend(dropout)
+        projected = self.project.forward(x, take("projected", tokens, 3 * hidden))
         context = take("context", tokens, hidden)
+        if not self.products:
+            self.heads_of(projected).copy_(self.by_token(projected))
+            self.attend(dropout)
+            self.by_token(context).copy_(self.heads_of(context))
         merged = self.merge.forward(context, take("merged", tokens, hidden))
         middle = self.join(merged, x, dropout, 1)
         widened = self.widen.forward(middle, take("widened", tokens, self.card.intermediate_size))
         active = widened if self.products else F.gelu(widened)
         self.saved.append((context, middle, widened, active))
         return self.join(self.narrow.forward(active, take("narrowed", tokens, hidden)), middle, dropout, 2)
+
+    def by_token(self, x: Tensor) -> Tensor:
+        """What is computed of each token, [tokens, any], as one head after the other would read or write it."""
+        heads = self.card.num_attention_heads
+        return x.view(len(x), -1, heads, self.card.hidden_size // heads).permute(1, 2, 0, 3)
+
+    def heads_of(self, x: Tensor) -> Tensor:
+        """Memory of the same shape in which each head has its tokens together."""
+        return self.common.take("heads", *self.by_token(x).shape)
 
     def attend(self, dropout: KeyedDropout) -> None:
         """Products, softmax and dropout of attention, forward."""
@@ -120,17 +133,20 @@ class Layer:
         if not self.products:
             residual, gradient = self.leave(gradient, saved.pop())
         context, middle, widened, active = saved.pop()
-        wide = self.narrow.backward(gradient, active, take("wide", *widened.shape))
+        wide = self.narrow.backward(gradient, active, take("wide", *widened.shape), self.common)
         wide = wide if self.products else torch.ops.aten.gelu_backward(wide, widened)
-        gradient = self.widen.backward(wide, middle, take("middle", *middle.shape))
+        gradient = self.widen.backward(wide, middle, take("middle", *middle.shape), self.common)
         if not self.products:
             residual, gradient = self.leave(gradient.add_(residual), saved.pop())
-        self.merge.backward(gradient, context, take("context", *context.shape))
+        of_context = self.merge.backward(gradient, context, take("context", *context.shape), self.common)
+        projected = take("projected", len(context), 3 * context.shape[1])
         if not self.products:
+            self.heads_of(of_context).copy_(self.by_token(of_context))
             self.look_back(*saved.pop())
+            self.by_token(projected).copy_(self.heads_of(projected))
         (x,) = saved.pop()
         out = self.memory.take("gradient", *x.shape)
-        self.project.backward(take("projected", len(x), 3 * x.shape[1]), x, out)
+        self.project.backward(projected, x, out, self.common)
         return out if self.products else out.add_(residual)
 
     def leave(self, gradient: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -163,7 +179,7 @@ class Update:
         self.masters, self.gradients, self.means, self.squares = (torch.full((own,), 1e-3) for _ in range(4))
         # Of a table only few rows have gradients.
         self.others = [torch.full((num_elements // num_ranks,), 1e-3) for _ in range(num_ranks - 1)]
-        self.weights, self.count = torch.empty(own, dtype=dtype), torch.ones(())
+        self.weights, self.count, self.divisor = torch.empty(own, dtype=dtype), torch.ones(()), torch.tensor(2.0)
 
     def run(self) -> None:
         summed = self.gradients[: len(self.others[0])] if self.others else self.gradients[:0]
@@ -171,10 +187,10 @@ class Update:
             for other in others:
                 chunk += other
         torch._foreach_norm([self.gradients])
-        self.gradients.mul_(0.5)
         torch._fused_adamw_(
             *([each] for each in (self.masters, self.gradients, self.means, self.squares)), [], [self.count],
             lr=1e-5, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False,
+            grad_scale=self.divisor,
         )  # fmt: skip
         self.weights.copy_(self.masters)
 
