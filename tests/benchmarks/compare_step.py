@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -154,11 +155,18 @@ def facts() -> dict[str, object]:
     }
 
 
+def row_of(text: str) -> str:
+    """MODEL:BATCH:RANKS."""
+    if not re.fullmatch(r"[^:,]+:\d+:\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not MODEL:BATCH:RANKS, like {ROWS[0]}")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=ROWS)
+    parser.add_argument("--rows", nargs="+", type=row_of, default=ROWS, metavar="MODEL:BATCH:RANKS")
     parser.add_argument(
-        "--apart", nargs="*", default=["bert-base-uncased:32:8"], help="rows too large for both at once"
+        "--apart", nargs="*", type=row_of, default=["bert-base-uncased:32:8"], help="rows too large for both at once"
     )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--steps", type=int, default=2, help="in a turn")
