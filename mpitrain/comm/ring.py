@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from mpitrain.comm.buffers import Transport
+from mpitrain.comm.buffers import MAX_MESSAGE, Transport
 from mpitrain.comm.segments import Landing, Part, open_boxes
 from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm
@@ -118,7 +118,10 @@ class AllGather:
 
     def __init__(self, comm: Comm, flat: torch.Tensor, transport: Transport) -> None:
         """Lay out what a call does; arguments are as for `ReduceScatter`."""
-        chunks = _cut(comm, flat, CROWDED_SEGMENT if transport.patient else SEGMENT)
+        length = CROWDED_SEGMENT if transport.patient else SEGMENT
+        if comm.size == 2 and not transport.staged:
+            length = MAX_MESSAGE // flat.element_size()  # nothing is forwarded or added: there is nothing to cut for
+        chunks = _cut(comm, flat, length)
         self._own = chunks[comm.rank]
         self._targets = [part for hop in range(comm.size - 1) for part in chunks[(comm.rank - hop - 1) % comm.size]]
         # The right neighbour's own chunk comes last: it has it.
