@@ -32,7 +32,7 @@ OURS = [("fp32 ring16", "fp32 ring"), ("bf16 ring", "fp32 ring")]
 RATIOS = [*OURS, ("fp32 node", "fp32 MPI"), ("fp32 ring", "fp32 MPI"), ("fp32 ring", "fp32 gloo")]
 
 
-STEP = ["--model", "minilm-l6", "--train.precision", "bf16", "--train.batch_size", "128", "--train.micro_batches", "4"]
+STEP = ["--model", "minilm-l6", "--train.precision", "bf16", "--train.batch_size", "256", "--train.micro_batches", "4"]
 
 
 def measure(hosts: Hosts, ranks: int, *what: str) -> dict[str, Any]:
