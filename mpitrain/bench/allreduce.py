@@ -174,9 +174,10 @@ def _by_node(comm: Comm, exchange: Exchange, bucket: Bucket) -> Contender:
 
     def run() -> None:
         exchange.reduce(0)
-        publish() if between_hosts else exchange.spread()
+        spread()
 
-    between_hosts = _num_hosts(comm) > 1  # other hosts cannot read what lies here: weights are sent, not sums
+    # Between hosts weights are sent, not sums; on one host sums can be read where they are.
+    spread = publish if _num_hosts(comm) > 1 else exchange.spread
     return Contender(bucket.gradients, run, publish)
 
 
