@@ -59,14 +59,15 @@ class ShardedAdamW:
 
     def __init__(self, buckets: Sequence[Bucket], options: Train) -> None:
         """Update what this rank owns of buckets that have their memory."""
+        self._buckets = buckets
         self._owned = [_Owned.of(piece) for bucket in buckets for piece in bucket.pieces]
         self._options = options
 
     def squared_norm(self) -> float:
         """Sum of squares of the owned gradients; summed over all ranks each parameter counts once."""
-        if not self._owned:
-            return 0.0
-        return float(torch.stack(torch._foreach_norm(self.gradients())).double().square().sum())
+        known = sum(bucket.squares for bucket in self._buckets if bucket.squares is not None)
+        others = [piece.gradients for bucket in self._buckets if bucket.squares is None for piece in bucket.pieces]
+        return known + float(torch.stack(torch._foreach_norm(others)).double().square().sum()) if others else known
 
     def gradients(self) -> list[torch.Tensor]:
         """What this rank owns of all gradients, fp32, flat."""

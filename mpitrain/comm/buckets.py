@@ -69,6 +69,7 @@ class Bucket:
         weights, gradients: [size], of the compute dtype and fp32, once attached.
         owned: bounds of this rank's own part.
         reduced: fp32 [stop - start of `owned`] of `gradients`, where that part's sum over replicas appears.
+        squares: sum of squares of `reduced`, where an exchange has found it on its way, else None.
         num_rows: of a table whose gradients are rows, else 0.
         pieces: the parameters' parts inside the own part.
     """
@@ -83,6 +84,7 @@ class Bucket:
         self.members: list[Member] = []
         self.pieces: list[Piece] = []
         self.size = 0
+        self.squares: float | None = None
         self._missing: set[int] = set()
         self._rows: list[torch.Tensor] = []  # touched in this step, by micro-batch
         self._spoilt: list[torch.Tensor] | None = []  # blocks that are not zero any more; None: all
@@ -106,6 +108,7 @@ class Bucket:
 
     def begin(self) -> None:
         """Forget the gradients."""
+        self.squares = None
         self._missing = set(range(len(self.members)))
         if self._spoilt is None:
             self.gradients.zero_()

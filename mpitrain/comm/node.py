@@ -90,6 +90,7 @@ class NodeExchange(Exchange):
         # Who has no slice has no partners either, and forms a ring of one with nothing to say.
         has_slice = node.rank < self._num_slices
         self._partners = Comm(data_axis.Split(node.rank if has_slice else data_axis.size + data_axis.rank))
+        self._one_node = self._partners.size == 1
         # MPI need not go on with what was sent to other nodes unless it is called.
         self._progress = self._partners.Iprobe if self._partners.size > 1 else None
         self._window = Window(node, Layout.of(node.size, buckets, dtype), dtype)
@@ -122,10 +123,19 @@ class NodeExchange(Exchange):
         if touched is not None:
             self._reduce_rows(number, touched)
             return
+        norms = []
         for summed, *others in self._shares[number].chunks:
             for other in others:
                 summed += other
+            if self._one_node:
+                norms.append(torch.linalg.vector_norm(summed))  # while it is in the core's cache
+        self._note_norms(number, norms)
         self._sums[number]()
+
+    def _note_norms(self, number: int, norms: list[torch.Tensor]) -> None:
+        """Spare who clips gradients another look at all of them, unless other nodes' are still to come."""
+        if self._one_node:
+            self.buckets[number].squares = float(torch.stack(norms).double().square().sum())
 
     def _announce_rows(self, number: int) -> torch.Tensor:
         """Write down for the others, and return, which rows of the table this rank has gradients of."""
@@ -147,6 +157,7 @@ class NodeExchange(Exchange):
             summed.index_add_(0, theirs, other.view(shape).index_select(0, theirs))
             blocks.append(theirs)
         touched = torch.unique(torch.cat(blocks))
+        self._note_norms(number, [torch.linalg.vector_norm(summed.index_select(0, touched))])
         arrived = rows.reduce_scatter(
             self._partners, share.summed, touched, self.reducing, self._wires[number], self._sums[number]
         )

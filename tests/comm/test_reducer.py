@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from communicators import HOSTS
-from reducing import reducing
+from reducing import check_squares, reducing
 
 from mpitrain.comm.buckets import Bucket, fill_buckets
 from mpitrain.comm.reducer import GradientReducer
@@ -60,6 +60,7 @@ def test_the_own_part_of_every_bucket_holds_the_sum_of_all_micro_batches_of_all_
             backward_twice(module, comm.rank, reducer)
             reducer.finish()
             comm.Barrier()  # as the vote of a step
+        check_squares(buckets, algorithm)
         pieces = [piece for bucket in buckets for piece in bucket.pieces]
         for piece in pieces:
             wanted = expected[piece.name].reshape(-1)[piece.start : piece.stop]

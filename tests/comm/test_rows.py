@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from communicators import HOSTS
-from reducing import reducing
+from reducing import check_squares, reducing
 from small import small_card, train_small
 
 from mpitrain.comm import ring, rows
@@ -89,6 +89,7 @@ def test_every_step_sums_the_rows_of_that_step_alone(comm, algorithm, num_rows, 
             expected = expected[:, None].expand(-1, width).reshape(-1)
             for piece in (piece for piece in buckets[-1].pieces if piece.name == "table"):
                 assert torch.equal(piece.gradients, expected[piece.start : piece.stop])
+            check_squares(buckets, algorithm)
             comm.Barrier()  # as the vote of a step
 
 

@@ -33,3 +33,11 @@ def reducing(
     yield reducer, exchange
     reducer.close()
     exchange.close()
+
+
+def check_squares(buckets, algorithm):
+    """Of a step that is reduced: what is known of its squares is right, and known on a node."""
+    for bucket in buckets:
+        expected = float(bucket.reduced.double().square().sum())
+        assert bucket.squares is not None or algorithm != "node"
+        assert bucket.squares is None or abs(bucket.squares - expected) <= 1e-6 * expected

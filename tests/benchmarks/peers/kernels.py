@@ -186,7 +186,7 @@ class Update:
         for chunk, *others in zip(*(torch.split(each, CHUNK) for each in (summed, *self.others)), strict=True):
             for other in others:
                 chunk += other
-        torch._foreach_norm([self.gradients])
+            torch.linalg.vector_norm(chunk)
         torch._fused_adamw_(
             *([each] for each in (self.masters, self.gradients, self.means, self.squares)), [], [self.count],
             lr=1e-5, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False,
