@@ -36,7 +36,7 @@ def test_every_contender_is_timed_at_every_size_beside_the_others(tmp_path, rank
 def test_a_contender_that_sums_wrongly_is_not_timed(comm):
     values = torch.zeros(10)
     with pytest.raises((RuntimeError, MpitrainError), match="lazy summed 10 elements wrongly"):
-        _check(comm, "lazy", Contender(values, lambda: values))
+        _check(comm, "lazy", Contender(values, lambda: None, lambda: values))
 
 
 @pytest.mark.parametrize("wrong", ["--kib x", "--kib 0", "--repeats 0", "--repeats x"])
