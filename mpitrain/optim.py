@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mpitrain.comm.buckets import Bucket, Piece, StateSlice
+from mpitrain.comm.buckets import Bucket, Piece, StateSlice, sum_of_squares
 from mpitrain.config import Train
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -67,7 +67,7 @@ class ShardedAdamW:
         """Sum of squares of the owned gradients; summed over all ranks each parameter counts once."""
         known = sum(bucket.squares for bucket in self._buckets if bucket.squares is not None)
         others = [piece.gradients for bucket in self._buckets if bucket.squares is None for piece in bucket.pieces]
-        return known + float(torch.stack(torch._foreach_norm(others)).double().square().sum()) if others else known
+        return known + sum_of_squares(torch._foreach_norm(others) if others else ())
 
     def gradients(self) -> list[torch.Tensor]:
         """What this rank owns of all gradients, fp32, flat."""

@@ -204,6 +204,11 @@ class Bucket:
         del self.weights, self.gradients, self.reduced
 
 
+def sum_of_squares(norms: Sequence[torch.Tensor]) -> float:
+    """Of the elements of all tensors that have these norms, added up in fp64."""
+    return float(torch.stack(list(norms)).double().square().sum()) if norms else 0.0
+
+
 def fill_buckets(
     module: torch.nn.Module, bucket_bytes: int, tables: Collection[str] = (), stacks: Iterable[Sequence[str]] = ()
 ) -> list[Bucket]:

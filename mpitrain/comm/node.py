@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from mpitrain.comm import ring, rows
-from mpitrain.comm.buckets import Bucket
+from mpitrain.comm.buckets import Bucket, sum_of_squares
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.segments import Landing
@@ -90,9 +90,9 @@ class NodeExchange(Exchange):
         # Who has no slice has no partners either, and forms a ring of one with nothing to say.
         has_slice = node.rank < self._num_slices
         self._partners = Comm(data_axis.Split(node.rank if has_slice else data_axis.size + data_axis.rank))
-        self._one_node = self._partners.size == 1
+        self._alone = self._partners.size == 1
         # MPI need not go on with what was sent to other nodes unless it is called.
-        self._progress = self._partners.Iprobe if self._partners.size > 1 else None
+        self._progress = None if self._alone else self._partners.Iprobe
         self._window = Window(node, Layout.of(node.size, buckets, dtype), dtype)
         self._shares = [self._adopt(number, bucket) for number, bucket in enumerate(buckets)]
         landing = Landing()
@@ -127,15 +127,10 @@ class NodeExchange(Exchange):
         for summed, *others in self._shares[number].chunks:
             for other in others:
                 summed += other
-            if self._one_node:
-                norms.append(torch.linalg.vector_norm(summed))  # while it is in the core's cache
-        self._note_norms(number, norms)
+            if self._alone:  # these sums are final, and still in the core's cache: who clips need not read them again
+                norms.append(torch.linalg.vector_norm(summed))
+        self.buckets[number].squares = sum_of_squares(norms) if self._alone else None
         self._sums[number]()
-
-    def _note_norms(self, number: int, norms: list[torch.Tensor]) -> None:
-        """Spare who clips gradients another look at all of them, unless other nodes' are still to come."""
-        if self._one_node:
-            self.buckets[number].squares = float(torch.stack(norms).double().square().sum())
 
     def _announce_rows(self, number: int) -> torch.Tensor:
         """Write down for the others, and return, which rows of the table this rank has gradients of."""
@@ -157,7 +152,8 @@ class NodeExchange(Exchange):
             summed.index_add_(0, theirs, other.view(shape).index_select(0, theirs))
             blocks.append(theirs)
         touched = torch.unique(torch.cat(blocks))
-        self._note_norms(number, [torch.linalg.vector_norm(summed.index_select(0, touched))])
+        if self._alone:
+            bucket.squares = sum_of_squares([torch.linalg.vector_norm(summed.index_select(0, touched))])
         arrived = rows.reduce_scatter(
             self._partners, share.summed, touched, self.reducing, self._wires[number], self._sums[number]
         )
