@@ -35,7 +35,7 @@ MICRO_BATCHES_AT_ONCE = 8  # bounds what a stage holds between its instructions
 def infer(
     executor: Executor, mesh: Mesh, plan: Sequence[Indices], split: Sequences, device: torch.device
 ) -> Iterator[tuple[Indices, torch.Tensor]]:
-    """(sequences, logits [num_tokens, num_labels]) of this replica's share of a plan; nothing but on its last stage.
+    """(sequences, logits [num_words, num_labels]) of this replica's share of a plan; nothing but on its last stage.
 
     Collective over the pipe axis, so every stage must exhaust it.
     """
@@ -48,9 +48,10 @@ def infer(
 
 
 def load_inference(split: Sequences, sequences: Indices, mesh: Mesh, device: torch.device) -> MicroBatch:
-    """A micro-batch without labels and dropout."""
+    """A micro-batch without labels and dropout, of whose tokens those are wanted that words begin with."""
     tokens = torch.from_numpy(split.read("tokens", sequences)).to(device) if mesh.is_first else None
-    return MicroBatch(PackedLayout(split.index.lengths[sequences], device), tokens)
+    words = np.flatnonzero(split.read("word_starts", sequences) == 1)
+    return MicroBatch(PackedLayout(split.index.lengths[sequences], device, words), tokens)
 
 
 def evaluate(
@@ -61,7 +62,9 @@ def evaluate(
     counts, loss = Counts.of(problem.label_names), 0.0
     for sequences, logits in infer(executor, place.mesh, plan, split, place.transport.device):
         labels = split.read("labels", sequences)
-        counts.add(*_gold_and_predicted(labels, logits), words_per_sentence(split, sequences)[1].tolist())
+        labels = labels[labels >= 0]
+        predicted = logits.argmax(dim=-1).cpu().numpy()
+        counts.add(labels, predicted, words_per_sentence(split, sequences)[1].tolist())
         loss += float(token_loss(logits, torch.from_numpy(labels).to(logits.device), 1).double())
     shares = collect(place.mesh.world, [counts.vector.tolist(), loss] if place.mesh.is_last else None)
     return summarise(problem.label_names, [share for share in shares if share is not None])
@@ -80,11 +83,6 @@ def summarise(
 def _report(label_names: Sequence[str], vector: NDArray[np.int64], loss: float) -> dict[str, Any]:
     scores = report(Counts.from_vector(label_names, vector))
     return {"loss": loss / max(1, scores["words"]), **scores}
-
-
-def _gold_and_predicted(labels: NDArray[np.int64], logits: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    labelled = labels >= 0
-    return labels[labelled], logits.argmax(dim=-1).cpu().numpy()[labelled]
 
 
 def words_per_sentence(split: Sequences, sequences: Indices) -> tuple[Indices, Indices]:

@@ -14,7 +14,7 @@ from mpitrain.comm import tree
 from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.reducer import GradientReducer
 from mpitrain.config import Train
-from mpitrain.dataset.batches import Indices, StepPlan, pad_lengths
+from mpitrain.dataset.batches import Indices, StepPlan, pad_lengths, wanted_tokens
 from mpitrain.dataset.sequences import Sequences
 from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import IGNORED_LABEL
@@ -165,16 +165,21 @@ def load_micro_batches(
     num_leaves = 1 << (count - 1).bit_length() if options.reproducible else count
     for number in range(count)[slice(*part(mesh.replica, num_leaves, mesh.num_replicas))]:
         sequences = plan.micro_batches[number]
-        layout = PackedLayout(pad_lengths(split.index.lengths[sequences]), device)
-        tokens = _read(split, "tokens", sequences, layout, PAD) if mesh.is_first else None
-        labels = _read(split, "labels", sequences, layout, IGNORED_LABEL) if mesh.is_last else None
-        loaded.append(MicroBatch(layout, tokens, labels, KeyedDropout(options.seed, plan.step, number)))
+        lengths = pad_lengths(split.index.lengths[sequences])
+        num_tokens = int(lengths.sum())
+        wanted = wanted_tokens(_read(split, "word_starts", sequences, num_tokens, 0) == 1)
+        tokens = _read(split, "tokens", sequences, num_tokens, PAD) if mesh.is_first else None
+        labels = _read(split, "labels", sequences, num_tokens, IGNORED_LABEL)[wanted] if mesh.is_last else None
+        layout, dropout = PackedLayout(lengths, device, wanted), KeyedDropout(options.seed, plan.step, number)
+        loaded.append(MicroBatch(layout, _tensor(tokens, device), _tensor(labels, device), dropout))
     return loaded
 
 
-def _read(split: Sequences, field: str, sequences: Indices, layout: PackedLayout, filler: int) -> torch.Tensor:
-    """Int64 [num_tokens] on the layout's device; `filler` from where the sequences end."""
-    values = torch.full((layout.num_tokens,), filler)
+def _tensor(values: Indices | None, device: torch.device) -> torch.Tensor | None:
+    return None if values is None else torch.from_numpy(values).to(device)
+
+
+def _read(split: Sequences, field: str, sequences: Indices, num_tokens: int, filler: int) -> Indices:
+    """[num_tokens]; `filler` from where the sequences end."""
     found = split.read(field, sequences)
-    values[: len(found)] = torch.from_numpy(found)
-    return values.to(layout.device)
+    return np.concatenate([found, np.full(num_tokens - len(found), filler)])

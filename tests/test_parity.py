@@ -64,6 +64,15 @@ def test_gpipe_gives_the_same_numbers(comm):
             assert_equal_runs(run, reference, 1e-5)
 
 
+def test_a_stage_of_the_head_alone_gives_the_same_numbers(comm):
+    layers = {2: (4, 0), 3: (2, 2, 0), 4: (0, 3, 1, 0)}.get(comm.size)
+    if layers:
+        run = train_small(comm, 1, comm.size, 10, keep_weights=AT[:2], layers=layers)
+        reference = one_rank(10)
+        assert run.losses == pytest.approx(reference.losses, rel=1e-5)
+        assert relative(run.weights[10], reference.weights[10]) < 1e-5
+
+
 def test_replicas_are_bit_equal(comm):
     for data, pipe in meshes_of(comm):
         run = train_small(comm, data, pipe, 5, keep_weights=(5,), precision="bf16" if pipe > 1 else "fp32")

@@ -155,7 +155,8 @@ def _random_split(lengths: NDArray[np.int64], card: ModelCard) -> MemorySplit:
     generator = np.random.Generator(np.random.Philox(key=1))
     tokens = generator.integers(0, card.vocab_size, lengths.sum())
     labels = generator.integers(0, len(LABELS), lengths.sum())
-    return MemorySplit({"tokens": tokens, "labels": labels}, lengths, lengths, np.arange(len(lengths)))
+    fields = {"tokens": tokens, "labels": labels, "word_starts": np.ones_like(labels)}
+    return MemorySplit(fields, lengths, lengths, np.arange(len(lengths)))
 
 
 def _mean_parts(comm: Comm, steps: list[dict[str, float]]) -> dict[str, float]:

@@ -101,14 +101,30 @@ def cut_evenly(batch: Indices, costs: NDArray[np.float64], count: int) -> list[I
 
 
 def pad_lengths(lengths: Indices) -> Indices:
-    """Lengths, then those of sequences of padding: a sum of at most six significant binary digits, hence 1 % larger.
+    """Lengths, then those of sequences of padding, for a `round_number` of tokens; none is longer than the others."""
+    num_tokens, longest = int(lengths.sum()), int(lengths.max(initial=1))
+    whole, rest = divmod(round_number(num_tokens) - num_tokens, longest)
+    return np.concatenate([lengths, np.array([longest] * whole + [rest] * bool(rest), np.int64)])
+
+
+def wanted_tokens(labelled: NDArray[np.bool_]) -> Indices:
+    """Ascending numbers of the tokens with labels, and of some others for a `round_number`; there is at least one.
+
+    Args:
+        labelled: [num_tokens], itself a `round_number`, so that there are others enough.
+    """
+    num_labelled = int(labelled.sum())
+    others = np.flatnonzero(~labelled)[: round_number(max(1, num_labelled)) - num_labelled]
+    return np.sort(np.concatenate([np.flatnonzero(labelled), others]))
+
+
+def round_number(count: int) -> int:
+    """The next number with at most six significant binary digits, hence 1 % larger.
 
     oneDNN compiles its products anew for every number of rows, which takes up to a fifth of their time: so there are
-    few numbers. No sequence of padding is longer than the others.
+    few numbers.
     """
-    num_tokens, longest = int(lengths.sum()), int(lengths.max(initial=1))
-    whole, rest = divmod(-num_tokens % (1 << max(0, num_tokens.bit_length() - 6)), longest)
-    return np.concatenate([lengths, np.array([longest] * whole + [rest] * bool(rest), np.int64)])
+    return count + -count % (1 << max(0, count.bit_length() - 6))
 
 
 def evaluation_plan(lengths: Indices, sentences: Indices, tokens_per_micro_batch: int) -> list[Indices]:

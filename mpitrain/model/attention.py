@@ -93,13 +93,17 @@ class PackedLayout:
     Args:
         lengths: tokens of each sequence in packed order, int [num_sequences], each at least 1; may be empty.
         device: of the tensors made here.
+        wanted: ascending numbers of the tokens whose logits are wanted; None: all.
 
     Attributes:
         lengths: int64 [num_sequences]; num_tokens: their sum; longest: their maximum (0 if there are none).
         position_ids: int64 [num_tokens], each token's place in its own sequence.
+        wanted: int64 [num_wanted], or None if all tokens are wanted.
     """
 
-    def __init__(self, lengths: ArrayLike, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, lengths: ArrayLike, device: torch.device | str = "cpu", wanted: NDArray[np.int64] | None = None
+    ) -> None:
         self.lengths: NDArray[np.int64] = np.asarray(lengths, np.int64).reshape(-1)
         assert (self.lengths > 0).all(), "a packed sequence holds at least one token"
         self.device = torch.device(device)
@@ -108,7 +112,10 @@ class PackedLayout:
         self.longest = int(self.lengths.max(initial=0))
         self._starts = np.cumsum(self.lengths) - self.lengths
         positions = np.arange(self.num_tokens) - np.repeat(self._starts, self.lengths)
-        self.position_ids = torch.from_numpy(positions).to(self.device)
+        self.position_ids = self._tensor(positions)
+        some = wanted is not None and len(wanted) < self.num_tokens
+        self.wanted = self._tensor(np.asarray(wanted)) if some else None
+        self.num_wanted = self.num_tokens if self.wanted is None else len(self.wanted)
         self._padded: dict[int, Padding] = {}
 
     def padded(self, num_heads: int) -> Padding:

@@ -124,9 +124,14 @@ class Attention(nn.Module):
         self.self = SelfAttention(card, site)
         self.output = Residual(card, card.hidden_size, site + 1)
 
-    def forward(self, hidden: Tensor, layout: PackedLayout, dropout: KeyedDropout | None) -> Tensor:
-        """[num_tokens, hidden_size] to the same."""
-        return cast(Tensor, self.output(self.self(hidden, layout, dropout), hidden, dropout))
+    def forward(
+        self, hidden: Tensor, layout: PackedLayout, dropout: KeyedDropout | None, wanted: Tensor | None
+    ) -> Tensor:
+        """[num_tokens, hidden_size] to the same, or to the rows `wanted` of it."""
+        context = self.self(hidden, layout, dropout)
+        if wanted is not None:
+            context, hidden = context.index_select(0, wanted), hidden.index_select(0, wanted)
+        return cast(Tensor, self.output(context, hidden, dropout))
 
 
 class Intermediate(nn.Module):
@@ -143,18 +148,22 @@ class Intermediate(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Blocks 1 to L: [num_tokens, hidden_size] to the same; post-norm (Vaswani et al. 2017, section 3.1)."""
+    """Blocks 1 to L: [num_tokens, hidden_size] to the same; post-norm (Vaswani et al. 2017, section 3.1).
+
+    Block L goes on with the tokens whose logits are wanted alone as soon as the others have been attended to.
+    """
 
     def __init__(self, card: ModelCard, block: int) -> None:
         super().__init__()
         site = block * SITES_PER_BLOCK
+        self.is_last = block == card.num_hidden_layers
         self.attention = Attention(card, site)
         self.intermediate = Intermediate(card)
         self.output = Residual(card, card.intermediate_size, site + 2)
 
     def forward(self, hidden: Tensor, layout: PackedLayout, dropout: KeyedDropout | None) -> Tensor:
-        """[num_tokens, hidden_size] to the same."""
-        hidden = self.attention(hidden, layout, dropout)
+        """[num_tokens, hidden_size] to the same, of block L to [num_wanted, hidden_size]."""
+        hidden = self.attention(hidden, layout, dropout, layout.wanted if self.is_last else None)
         return cast(Tensor, self.output(self.intermediate(hidden), hidden, dropout))
 
 
@@ -164,7 +173,7 @@ class BertStage(nn.Module):
     def __init__(self, card: ModelCard, num_labels: int, first_block: int, last_block: int) -> None:
         super().__init__()
         assert 0 <= first_block < last_block <= num_blocks(card), "a stage holds at least one block"
-        self.card = card
+        self.card, self.first_block, self.last_block = card, first_block, last_block
         self.has_embeddings = first_block == 0
         self.has_head = last_block == num_blocks(card)
         layers = range(max(first_block, 1), min(last_block, num_blocks(card) - 1))
@@ -180,12 +189,13 @@ class BertStage(nn.Module):
         """Carry a packed micro-batch through the stage.
 
         Args:
-            inputs: int64 tokens [num_tokens] if the stage has the embeddings, else hidden [num_tokens, hidden_size].
+            inputs: int64 tokens [num_tokens] if the stage has the embeddings, else hidden [num_rows, hidden_size]
+                where `num_rows` is that of `rows`.
             layout: of the micro-batch, on the device of the inputs.
             dropout: of this micro-batch; None in evaluation.
 
         Returns:
-            Logits [num_tokens, num_labels] if the stage has the head, else hidden [num_tokens, hidden_size].
+            Logits [num_wanted, num_labels] if the stage has the head, else hidden [num_rows, hidden_size].
 
         Raises:
             DataError: a sequence is longer than the positions that the card has.
@@ -199,6 +209,13 @@ class BertStage(nn.Module):
         probability = self.card.hidden_dropout_prob if chance is None else chance
         hidden = _drop(hidden, dropout, probability, (num_blocks(self.card) - 1) * SITES_PER_BLOCK)
         return self.classifier.linear(hidden)
+
+    def rows(self, layout: PackedLayout) -> tuple[int, int]:
+        """Of the hidden states that enter and leave the stage: behind block L only tokens that are wanted go on."""
+        return (
+            layout.num_wanted if self.first_block > self.card.num_hidden_layers else layout.num_tokens,
+            layout.num_wanted if self.last_block > self.card.num_hidden_layers else layout.num_tokens,
+        )
 
     @property
     def tables(self) -> list[str]:

@@ -1,6 +1,6 @@
 """Carry out a stage's instructions: compute, post, receive, send; the schedule decides, nothing is decided here.
 
-One tensor crosses a stage border, [num_tokens, hidden_size], in a shape that both sides know from the plan: no shape
+One tensor crosses a stage border, [num_rows, hidden_size], in a shape that both sides know from the plan: no shape
 messages. The tag is 2 x micro-batch + direction. A sent activation is waited for before its backward pass (its
 gradient can only come after it arrived), sent gradients at the end of the step.
 """
@@ -20,7 +20,7 @@ from mpitrain.model.dropout import KeyedDropout
 from mpitrain.pipeline.schedule import Instruction, Kind
 from mpitrain.runtime.mesh import Mesh
 
-ACTIVATION, GRADIENT = 0, 1
+ACTIVATION, GRADIENT = 0, 1  # what enters a stage from the one before and from the one behind
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MicroBatch:
     Attributes:
         layout: lengths of its packed sequences.
         tokens: int64 [num_tokens], on the first stage.
-        labels: int64 [num_tokens], -100 where ignored, on the last stage.
+        labels: int64 [num_wanted], -100 where ignored, on the last stage.
         dropout: keyed random numbers, None in evaluation.
     """
 
@@ -103,7 +103,7 @@ class Executor:
 
     @torch.no_grad()
     def infer(self, program: Sequence[Instruction], micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        """Logits [num_tokens, num_labels] of each micro-batch on the last stage, else an empty list."""
+        """Logits [num_wanted, num_labels] of each micro-batch on the last stage, else an empty list."""
         self._run(program, micro_batches)
         return [flight.outputs for flight in self._flights if flight.outputs is not None] if self._mesh.is_last else []
 
@@ -116,7 +116,7 @@ class Executor:
             self._carry_out[instruction.kind](instruction.micro_batch)
 
     def _post(self, number: int, direction: int) -> None:
-        shape = (self._micro_batches[number].layout.num_tokens, self._hidden_size)
+        shape = (self._stage.rows(self._micro_batches[number].layout)[direction], self._hidden_size)
         source = self._mesh.previous_stage if direction == ACTIVATION else self._mesh.next_stage
         dtype = next(self._stage.parameters()).dtype
         parcel = self._transport.post(self._mesh.pipe_axis, shape, dtype, source, 2 * number + direction)

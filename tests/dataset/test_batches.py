@@ -14,7 +14,9 @@ from mpitrain.dataset.batches import (
     epoch_order,
     evaluation_plan,
     pad_lengths,
+    round_number,
     sequence_costs,
+    wanted_tokens,
 )
 from mpitrain.split import part
 
@@ -81,6 +83,15 @@ def test_padding_makes_few_different_sums_of_lengths_and_little_work(lengths):
     assert all(0 < length <= lengths.max() for length in padded[len(lengths) :])
     assert len(f"{padded.sum():b}".rstrip("0")) <= 6
     assert padded.sum() < lengths.sum() * (1 + 1 / 32)
+
+
+@given(st.lists(st.booleans(), max_size=300))
+def test_all_tokens_with_labels_are_wanted_and_few_others(labelled):
+    labelled = np.array(labelled + [False] * (round_number(max(1, len(labelled))) - len(labelled)))
+    wanted = wanted_tokens(labelled)
+    assert set(np.flatnonzero(labelled)) <= set(wanted)
+    assert wanted.tolist() == sorted(set(wanted))
+    assert len(wanted) == round_number(max(1, int(labelled.sum()))) <= len(labelled)
 
 
 @given(st.integers(0, 40), st.integers(1, 9))

@@ -39,9 +39,9 @@ def reference(card):
     return BertForTokenClassification(BertConfig(**fields, num_labels=LABELS)).eval()
 
 
-def cut(card, num_stages, dtype=torch.float32):
+def cut(card, num_stages, dtype=torch.float32, places=None):
     """The model as stages, with the same initial weights for any number of them."""
-    places = [num_blocks(card) * stage // num_stages for stage in range(num_stages + 1)]
+    places = places or [num_blocks(card) * stage // num_stages for stage in range(num_stages + 1)]
     stages = [BertStage(card, LABELS, *place) for place in pairwise(places)]
     for stage in stages:
         initialize(stage, card, seed=3)
@@ -100,6 +100,20 @@ def test_sequences_of_padding_without_labels_change_neither_loss_nor_gradients()
     for name, values in gradients.items():
         torch.testing.assert_close(same_gradients[name], values, atol=1e-6, rtol=1e-5, msg=name)
     assert not same_gradients["bert.embeddings.word_embeddings.weight"][0].any()
+
+
+@pytest.mark.parametrize("places", [[0, 6], [0, 3, 6], [0, 4, 5, 6]], ids=["one stage", "two", "the head alone"])
+def test_tokens_that_are_not_wanted_end_in_the_last_layer_and_nothing_else_changes(places):
+    tokens, labels, layout = batch(UNCASED, UNEVEN)
+    logits, loss, gradients = through(cut(UNCASED, 1), tokens, labels, layout)
+    wanted = torch.tensor([0, *(labels >= 0).nonzero()[:, 0].tolist()])  # one of them has no label
+    stages, layout = cut(UNCASED, 0, places=places), PackedLayout(UNEVEN, wanted=wanted.numpy())
+    found, same_loss, same_gradients = through(stages, tokens, labels[wanted], layout)
+    assert [stage.rows(layout) for stage in stages][-1] == (len(wanted) if places[-2] == 5 else 45, len(wanted))
+    torch.testing.assert_close(found, logits[wanted], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(same_loss, loss, atol=1e-6, rtol=1e-6)
+    for name, values in gradients.items():
+        torch.testing.assert_close(same_gradients[name], values, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_only_the_tables_have_sparse_gradients():

@@ -18,7 +18,7 @@ from mpitrain.dataset.sequences import MemorySplit
 from mpitrain.model.bert import BertStage, block_costs, initialize
 from mpitrain.model.card import ModelCard
 from mpitrain.optim import ShardedAdamW
-from mpitrain.pipeline.balance import split_blocks
+from mpitrain.pipeline.balance import by_hand, split_blocks
 from mpitrain.pipeline.executor import Executor
 from mpitrain.runtime import mesh as meshes
 from mpitrain.split import aligned_part
@@ -83,6 +83,7 @@ def train_small(
     direct: bool | None = None,
     card: ModelCard | None = None,
     schedule: str = "1f1b",
+    layers: tuple[int, ...] | None = None,
     keep_weights: tuple[int, ...] = (),
     spoil: Any = None,
     algorithm: str = "auto",
@@ -98,7 +99,9 @@ def train_small(
     settings = Train(**({"batch_size": 14, "micro_batches": 8, "learning_rate": 3e-3, "max_grad_norm": 0.4} | options))
     mesh = meshes.build(comm, data, pipe)
     transport = Transport(torch.device(device), direct, patient=True)
-    stage = BertStage(card, NUM_LABELS, *split_blocks(block_costs(card, NUM_LABELS, 20.0), pipe)[mesh.stage])
+    stages = split_blocks(block_costs(card, NUM_LABELS, 20.0), pipe)
+    stages = by_hand(layers, card.num_hidden_layers) if layers else stages
+    stage = BertStage(card, NUM_LABELS, *stages[mesh.stage])
     initialize(stage, card, settings.seed)
     stage.to(device)
     buckets = fill_buckets(stage, 20_000, stage.tables, stage.stacks)
