@@ -11,10 +11,8 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from mpitrain.checkpoint.load import find_checkpoint
-from mpitrain.checkpoint.manifest import committed, read_manifest
-from mpitrain.dataset.prepare import is_dataset
-from mpitrain.dataset.shards import DatasetInfo, open_dataset
+from mpitrain.checkpoint.manifest import committed, find_checkpoint, read_manifest
+from mpitrain.dataset.shards import DatasetInfo, is_dataset, open_dataset
 from mpitrain.errors import CheckpointError, DataError, MpitrainError, UsageError
 from mpitrain.files import file_hash
 

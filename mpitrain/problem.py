@@ -11,9 +11,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mpitrain.config import Config
-from mpitrain.dataset.prepare import cached, is_dataset, prepare
+from mpitrain.dataset.prepare import cached, prepare
 from mpitrain.dataset.recipe import load_recipe, recipe_of_files
-from mpitrain.dataset.shards import DatasetInfo, open_dataset, verify_dataset
+from mpitrain.dataset.shards import DatasetInfo, is_dataset, open_dataset, verify_dataset
 from mpitrain.dataset.tokenize import load_tokenizer, tokenizer_hash
 from mpitrain.errors import DataError
 from mpitrain.metrics import Counts

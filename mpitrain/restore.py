@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mpitrain.checkpoint.load import fill, find_checkpoint, verify
-from mpitrain.checkpoint.manifest import Manifest, committed
+from mpitrain.checkpoint.load import fill, verify
+from mpitrain.checkpoint.manifest import Manifest, committed, find_checkpoint
 from mpitrain.comm.buckets import StateSlice
 from mpitrain.config import Config
 from mpitrain.errors import CheckpointError, on_all_ranks

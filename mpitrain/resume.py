@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain import __version__
-from mpitrain.checkpoint.load import fill, find_checkpoint, holds, newest_usable, verify
-from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed
+from mpitrain.checkpoint.load import fill, holds, newest_usable, verify
+from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed, find_checkpoint
 from mpitrain.checkpoint.save import forget_after, retain, save
 from mpitrain.errors import UsageError
 from mpitrain.run import Run

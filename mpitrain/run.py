@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from mpitrain.checkpoint.load import find_checkpoint
-from mpitrain.checkpoint.manifest import Progress
+from mpitrain.checkpoint.manifest import Progress, find_checkpoint
 from mpitrain.checkpoint.save import clear_left_overs
 from mpitrain.comm.buckets import fill_buckets
 from mpitrain.comm.choice import choose_exchange

@@ -85,6 +85,12 @@ def test_help_costs_no_import_of_mpi_torch_or_hdf5(module):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_what_only_looks_at_files_does_not_wait_for_torch():
+    script = "import sys, mpitrain.describe, mpitrain.runtime.agree; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
 def test_nothing_is_pickled():
     forbidden = re.compile(r"(?:import|from) (?:pickle|cloudpickle|shelve)\b|torch\.(?:load|save)\(|allow_pickle")
     # mpi4py's lower-case calls pickle their arguments.

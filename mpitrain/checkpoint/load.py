@@ -1,4 +1,4 @@
-"""Find, verify and read checkpoints, on any mesh: every byte is hashed before any of it is used."""
+"""Verify and read checkpoints, on any mesh: every byte is hashed before any of it is used."""
 
 from __future__ import annotations
 
@@ -14,21 +14,6 @@ from mpitrain.comm.buckets import StateSlice
 from mpitrain.errors import CheckpointError, on_all_ranks
 from mpitrain.files import file_hash
 from mpitrain.runtime.agree import Comm, share, together
-
-
-def find_checkpoint(place: Path, *, best: bool = True) -> Path:
-    """The checkpoint that `place` means: itself, or a run directory's best (if wanted), else its newest.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (place / "manifest.json").is_file():
-        return place
-    found = committed(place / "checkpoints") or committed(place)
-    if not found:
-        raise CheckpointError(f"{place}: no complete checkpoint; give a run directory or one checkpoint")
-    best_step = read_manifest(found[0]).progress.best_step if best else -1
-    return next((path for path in found if path.name == f"step-{best_step:08d}"), found[0])
 
 
 def verify(comm: Comm, directory: Path) -> Manifest:

@@ -107,3 +107,18 @@ def committed(checkpoints: Path) -> list[Path]:
         return []
     found = [place for place in checkpoints.iterdir() if STEP_DIRECTORY.fullmatch(place.name)]
     return sorted((place for place in found if (place / MANIFEST).is_file()), reverse=True)
+
+
+def find_checkpoint(place: Path, *, best: bool = True) -> Path:
+    """The checkpoint that `place` means: itself, or a run directory's best (if wanted), else its newest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (place / "manifest.json").is_file():
+        return place
+    found = committed(place / "checkpoints") or committed(place)
+    if not found:
+        raise CheckpointError(f"{place}: no complete checkpoint; give a run directory or one checkpoint")
+    best_step = read_manifest(found[0]).progress.best_step if best else -1
+    return next((path for path in found if path.name == f"step-{best_step:08d}"), found[0])

@@ -23,7 +23,6 @@ from mpitrain.dataset.conll import FileIndex, index_file, read_sentences
 from mpitrain.dataset.recipe import SPLITS, Recipe, Split
 from mpitrain.dataset.shards import (
     IGNORED,
-    INDEX_FILE,
     DatasetInfo,
     ShardEntry,
     Source,
@@ -37,11 +36,6 @@ from mpitrain.runtime.agree import Comm, collect, share, share_array, together
 
 MIN_BLOCK = 2048  # sentences; smaller files would cost more to open than to read
 MAX_BLOCKS = 512  # per split; a reader maps them all and has about 1,000 file descriptors
-
-
-def is_dataset(path: Path) -> bool:
-    """Whether the path is a directory of prepared shards."""
-    return (path / INDEX_FILE).is_file()
 
 
 def cached(

@@ -88,6 +88,11 @@ class DatasetInfo(BaseModel):
         return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
+def is_dataset(path: Path) -> bool:
+    """Whether the path is a directory of prepared shards."""
+    return (path / INDEX_FILE).is_file()
+
+
 def open_dataset(directory: Path) -> DatasetInfo:
     """Read and check `dataset.json`; the shards themselves are not opened.
 

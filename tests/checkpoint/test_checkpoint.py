@@ -17,8 +17,8 @@ from mpi4py import MPI
 from small import NUM_LABELS, own, small_card
 
 from mpitrain.checkpoint import save as save_module
-from mpitrain.checkpoint.load import fill, find_checkpoint, newest_usable, verify
-from mpitrain.checkpoint.manifest import Progress, committed, read_manifest
+from mpitrain.checkpoint.load import fill, newest_usable, verify
+from mpitrain.checkpoint.manifest import Progress, committed, find_checkpoint, read_manifest
 from mpitrain.checkpoint.save import clear_left_overs, retain, save
 from mpitrain.comm.buckets import StateSlice, fill_buckets
 from mpitrain.config import Train

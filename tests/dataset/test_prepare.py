@@ -9,9 +9,9 @@ from rich.console import Console
 
 from mpitrain.dataset import cache
 from mpitrain.dataset import prepare as module
-from mpitrain.dataset.prepare import block_size, cached, is_dataset, prepare
+from mpitrain.dataset.prepare import block_size, cached, prepare
 from mpitrain.dataset.recipe import Recipe
-from mpitrain.dataset.shards import DatasetInfo, map_shard, open_dataset, verify_dataset
+from mpitrain.dataset.shards import DatasetInfo, is_dataset, map_shard, open_dataset, verify_dataset
 from mpitrain.dataset.tokenize import load_tokenizer, tokenizer_hash, train_tokenizer
 from mpitrain.describe import describe
 from mpitrain.errors import DataError, UsageError
