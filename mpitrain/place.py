@@ -10,8 +10,9 @@ from mpitrain.comm import gpu
 from mpitrain.comm.buffers import Transport
 from mpitrain.config import Config
 from mpitrain.errors import UsageError
-from mpitrain.model.bert import BertStage, block_costs, initialize, load_weights, num_blocks
+from mpitrain.model.bert import BertStage, initialize, load_weights, num_blocks
 from mpitrain.model.card import ModelCard
+from mpitrain.model.cost import block_costs
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.balance import by_hand, choose_mesh, split_blocks
 from mpitrain.pipeline.executor import Executor

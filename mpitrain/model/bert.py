@@ -29,9 +29,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 SITES_PER_BLOCK = 3  # dropout places in a block: attention probabilities, attention output, output
-# Element-wise work of embeddings, layer and head per hidden element and token, forward and backward, in the FLOP of a
-# matrix product that takes as long: measured for three cards on a CPU, between float32 and bfloat16.
-ELEMENTWISE = (3000, 4000, 500)
 
 
 class Weights(nn.Module):
@@ -249,18 +246,6 @@ def parameter_shapes(card: ModelCard, num_labels: int) -> dict[str, tuple[int, .
     with torch.device("meta"):
         stage = BertStage(card, num_labels, 0, num_blocks(card))
     return {name: tuple(parameter.shape) for name, parameter in stage.named_parameters()}
-
-
-def block_costs(card: ModelCard, num_labels: int, mean_length: float) -> list[float]:
-    """Estimated FLOP per token of each block, forward and backward (backward is twice forward).
-
-    `mean_length` is that of the sequence in which a token stands: the sum of squared lengths divided by the sum.
-    """
-    hidden = card.hidden_size
-    embeddings, layer, head = (hidden * each for each in ELEMENTWISE)
-    layer += 3 * 2 * hidden * (4 * hidden + 2 * card.intermediate_size)
-    attention = 3 * 2 * 2 * hidden * mean_length
-    return [embeddings, *[layer + attention] * card.num_hidden_layers, head + 3 * 2 * hidden * num_labels]
 
 
 def initialize(stage: nn.Module, card: ModelCard, seed: int) -> None:

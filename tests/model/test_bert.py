@@ -10,7 +10,6 @@ from mpitrain.errors import DataError
 from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import (
     BertStage,
-    block_costs,
     initialize,
     load_weights,
     num_blocks,
@@ -18,6 +17,7 @@ from mpitrain.model.bert import (
     token_loss,
 )
 from mpitrain.model.card import ModelCard
+from mpitrain.model.cost import block_costs
 from mpitrain.model.dropout import KeyedDropout
 
 LABELS = 5
