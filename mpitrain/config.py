@@ -84,6 +84,9 @@ class Train(Section):
     """dropout everywhere in the model; the model card's if not given"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """dtype of weights and activations in the passes; master weights are always fp32"""
+    recompute: Literal["none", "attention", "block"] = "none"
+    """what the backward pass computes again instead of keeping it: scores and probabilities of attention, or all but
+    the input of each layer; less memory, more time"""
     reproducible: bool = False
     """the same bits on any data x pipe mesh of powers of two, with the same threads per rank: gradients are summed in
     fp32 by a tree, in place of --comm.algorithm; slower"""

@@ -10,9 +10,10 @@ from mpitrain.comm import gpu
 from mpitrain.comm.buffers import Transport
 from mpitrain.config import Config
 from mpitrain.errors import UsageError
-from mpitrain.model.bert import BertStage, initialize, load_weights, num_blocks
+from mpitrain.model.bert import BertStage, num_blocks
 from mpitrain.model.card import ModelCard
 from mpitrain.model.cost import block_costs
+from mpitrain.model.initial import initialize, load_weights
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.balance import by_hand, choose_mesh, split_blocks
 from mpitrain.pipeline.executor import Executor
@@ -114,7 +115,7 @@ def name_blocks(stage: tuple[int, int], card: ModelCard) -> str:
 
 def build_stage(config: Config, problem: Problem, place: Place) -> tuple[BertStage, Executor]:
     """This rank's blocks with their first weights in fp32, and the executor that runs them."""
-    stage = BertStage(problem.card, len(problem.label_names), *place.blocks)
+    stage = BertStage(problem.card, len(problem.label_names), *place.blocks, config.train.recompute)
     initialize(stage, problem.card, config.train.seed)
     if problem.pretrained is not None:
         names = [name for name, _ in stage.named_parameters()]

@@ -13,7 +13,8 @@ from mpitrain.checkpoint.manifest import Manifest, committed, find_checkpoint
 from mpitrain.comm.buckets import StateSlice
 from mpitrain.config import Config
 from mpitrain.errors import CheckpointError, on_all_ranks
-from mpitrain.model.bert import BertStage, load_weights, parameter_shapes
+from mpitrain.model.bert import BertStage, parameter_shapes
+from mpitrain.model.initial import load_weights
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.executor import Executor
 from mpitrain.place import DTYPES, Place, find_place

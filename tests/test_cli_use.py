@@ -145,7 +145,8 @@ def test_transformers_loads_what_export_writes_with_the_same_pieces_and_logits(t
 
     from mpitrain.dataset.tokenize import encode_sentences
     from mpitrain.model.attention import PackedLayout
-    from mpitrain.model.bert import BertStage, load_weights, num_blocks
+    from mpitrain.model.bert import BertStage, num_blocks
+    from mpitrain.model.initial import load_weights
     from mpitrain.observe.console import Console
     from mpitrain.restore import open_checkpoint, restore_weights
 

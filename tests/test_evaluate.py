@@ -17,8 +17,9 @@ from mpitrain.comm.buffers import Transport
 from mpitrain.dataset.batches import evaluation_plan
 from mpitrain.dataset.sequences import MemorySplit
 from mpitrain.evaluate import evaluate, infer, words_per_sentence
-from mpitrain.model.bert import BertStage, initialize
+from mpitrain.model.bert import BertStage
 from mpitrain.model.cost import block_costs
+from mpitrain.model.initial import initialize
 from mpitrain.pipeline.balance import split_blocks
 from mpitrain.pipeline.executor import Executor
 from mpitrain.place import Place

@@ -6,15 +6,14 @@ Hugging Face gives them, so a checkpoint needs no table of translations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from hashlib import blake2b
-from typing import cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its customary name
+from torch.utils.checkpoint import checkpoint
 
 from mpitrain.errors import DataError
 from mpitrain.model.attention import PackedLayout, packed_attention
@@ -84,9 +83,9 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     """The three projections and the attention between them."""
 
-    def __init__(self, card: ModelCard, site: int) -> None:
+    def __init__(self, card: ModelCard, site: int, recompute: bool) -> None:
         super().__init__()
-        self.card, self.site = card, site
+        self.card, self.site, self.recompute = card, site, recompute
         self.query, self.key, self.value = (Weights(card.hidden_size, card.hidden_size) for _ in range(3))
 
     def forward(self, hidden: Tensor, layout: PackedLayout, dropout: KeyedDropout | None) -> Tensor:
@@ -94,7 +93,8 @@ class SelfAttention(nn.Module):
         maps = (self.query, self.key, self.value)
         projected = stacked_linear(hidden, [each.weight for each in maps], [each.bias for each in maps])
         heads, probability = self.card.num_attention_heads, self.card.attention_probs_dropout_prob
-        return packed_attention(projected, layout, heads, dropout, probability, self.site)
+        arguments = (projected, layout, heads, dropout, probability, self.site)
+        return _forget(packed_attention, *arguments) if self.recompute else packed_attention(*arguments)
 
 
 class Residual(nn.Module):
@@ -116,9 +116,9 @@ class Residual(nn.Module):
 class Attention(nn.Module):
     """The first sub-layer; exists to give its parts their names."""
 
-    def __init__(self, card: ModelCard, site: int) -> None:
+    def __init__(self, card: ModelCard, site: int, recompute: bool) -> None:
         super().__init__()
-        self.self = SelfAttention(card, site)
+        self.self = SelfAttention(card, site, recompute)
         self.output = Residual(card, card.hidden_size, site + 1)
 
     def forward(
@@ -150,11 +150,11 @@ class EncoderLayer(nn.Module):
     Block L goes on with the tokens whose logits are wanted alone as soon as the others have been attended to.
     """
 
-    def __init__(self, card: ModelCard, block: int) -> None:
+    def __init__(self, card: ModelCard, block: int, recompute_attention: bool) -> None:
         super().__init__()
         site = block * SITES_PER_BLOCK
         self.is_last = block == card.num_hidden_layers
-        self.attention = Attention(card, site)
+        self.attention = Attention(card, site, recompute_attention)
         self.intermediate = Intermediate(card)
         self.output = Residual(card, card.intermediate_size, site + 2)
 
@@ -165,12 +165,19 @@ class EncoderLayer(nn.Module):
 
 
 class BertStage(nn.Module):
-    """The blocks [first_block, last_block) of the `num_blocks(card)`; parameters are in forward order."""
+    """The blocks [first_block, last_block) of the `num_blocks(card)`; parameters are in forward order.
 
-    def __init__(self, card: ModelCard, num_labels: int, first_block: int, last_block: int) -> None:
+    What the backward pass needs is kept, or computed again from the input of each attention or block (Chen et al.,
+    "Training deep nets with sublinear memory cost", 2016, section 3), as `recompute` says: none, attention or block.
+    """
+
+    def __init__(
+        self, card: ModelCard, num_labels: int, first_block: int, last_block: int, recompute: str = "none"
+    ) -> None:
         super().__init__()
         assert 0 <= first_block < last_block <= num_blocks(card), "a stage holds at least one block"
         self.card, self.first_block, self.last_block = card, first_block, last_block
+        self.recompute = recompute
         self.has_embeddings = first_block == 0
         self.has_head = last_block == num_blocks(card)
         layers = range(max(first_block, 1), min(last_block, num_blocks(card) - 1))
@@ -178,7 +185,9 @@ class BertStage(nn.Module):
         if self.has_embeddings:
             self.bert.embeddings = Embeddings(card)
         self.bert.encoder = nn.Module()
-        self.bert.encoder.layer = nn.ModuleDict({str(block - 1): EncoderLayer(card, block) for block in layers})
+        self.bert.encoder.layer = nn.ModuleDict(
+            {str(block - 1): EncoderLayer(card, block, recompute == "attention") for block in layers}
+        )
         if self.has_head:
             self.classifier = Weights(num_labels, card.hidden_size)
 
@@ -199,7 +208,8 @@ class BertStage(nn.Module):
         """
         hidden = inputs
         for block in self.blocks:
-            hidden = block(hidden, layout, dropout)
+            arguments = (hidden, layout, dropout)
+            hidden = _forget(block, *arguments) if self.recompute == "block" else block(*arguments)
         if not self.has_head:
             return hidden
         chance = self.card.classifier_dropout
@@ -236,6 +246,13 @@ def _drop(x: Tensor, dropout: KeyedDropout | None, probability: float, site: int
     return x if dropout is None else dropout(x, probability, site)
 
 
+def _forget(run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """What `run` returns; the backward pass runs it again, to the same bits, as dropout keeps no state."""
+    if not torch.is_grad_enabled():
+        return run(*arguments)
+    return cast(Tensor, checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False))
+
+
 def num_blocks(card: ModelCard) -> int:
     """Embeddings, encoder layers, head."""
     return card.num_hidden_layers + 2
@@ -246,34 +263,6 @@ def parameter_shapes(card: ModelCard, num_labels: int) -> dict[str, tuple[int, .
     with torch.device("meta"):
         stage = BertStage(card, num_labels, 0, num_blocks(card))
     return {name: tuple(parameter.shape) for name, parameter in stage.named_parameters()}
-
-
-def initialize(stage: nn.Module, card: ModelCard, seed: int) -> None:
-    """Set all parameters as BERT does: normal(0, initializer_range), biases 0, LayerNorm weights 1, [PAD] row 0.
-
-    Each parameter has its own stream, keyed by seed and name, drawn in float32 on the CPU: every mesh, device and
-    dtype starts from the same values. NumPy's Philox draws them, as torch's depend on the CPU's instruction set.
-    """
-    for name, parameter in stage.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-            continue
-        if name.endswith("LayerNorm.weight"):
-            nn.init.ones_(parameter)
-            continue
-        key = int.from_bytes(blake2b(f"{seed}:{name}".encode(), digest_size=16).digest(), "little")
-        draw = np.random.Generator(np.random.Philox(key=key)).standard_normal(tuple(parameter.shape), np.float32)
-        draw *= card.initializer_range
-        if name.endswith("word_embeddings.weight"):
-            draw[0] = 0
-        load_weights(stage, {name: torch.from_numpy(draw)})
-
-
-def load_weights(stage: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy values into the parameters of these names, cast to their dtype and device; the others stay."""
-    with torch.no_grad():
-        for name, values in weights.items():
-            stage.get_parameter(name).copy_(values)
 
 
 def token_loss(logits: Tensor, labels: Tensor, num_labelled: int) -> Tensor:

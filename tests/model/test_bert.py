@@ -8,17 +8,11 @@ from transformers import BertConfig, BertForTokenClassification
 from mpitrain.comm.buckets import fill_buckets
 from mpitrain.errors import DataError
 from mpitrain.model.attention import PackedLayout
-from mpitrain.model.bert import (
-    BertStage,
-    initialize,
-    load_weights,
-    num_blocks,
-    parameter_shapes,
-    token_loss,
-)
+from mpitrain.model.bert import BertStage, num_blocks, parameter_shapes, token_loss
 from mpitrain.model.card import ModelCard
 from mpitrain.model.cost import block_costs
 from mpitrain.model.dropout import KeyedDropout
+from mpitrain.model.initial import initialize, load_weights
 
 LABELS = 5
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
@@ -39,10 +33,10 @@ def reference(card):
     return BertForTokenClassification(BertConfig(**fields, num_labels=LABELS)).eval()
 
 
-def cut(card, num_stages, dtype=torch.float32, places=None):
+def cut(card, num_stages, dtype=torch.float32, places=None, recompute="none"):
     """The model as stages, with the same initial weights for any number of them."""
     places = places or [num_blocks(card) * stage // num_stages for stage in range(num_stages + 1)]
-    stages = [BertStage(card, LABELS, *place) for place in pairwise(places)]
+    stages = [BertStage(card, LABELS, *place, recompute) for place in pairwise(places)]
     for stage in stages:
         initialize(stage, card, seed=3)
     return [stage.to(dtype) for stage in stages]
@@ -114,6 +108,28 @@ def test_tokens_that_are_not_wanted_end_in_the_last_layer_and_nothing_else_chang
     torch.testing.assert_close(same_loss, loss, atol=1e-6, rtol=1e-6)
     for name, values in gradients.items():
         torch.testing.assert_close(same_gradients[name], values, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("recompute", ["attention", "block"])
+@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_is_computed_again_has_the_same_bits_and_is_not_kept(recompute, num_stages, dtype):
+    tokens, labels, layout = batch(UNCASED, UNEVEN)
+    kept: dict[str, list[int]] = {"none": [], recompute: []}
+    found = []
+    for how, sizes in kept.items():
+        stages = cut(UNCASED, num_stages, dtype, recompute=how)
+
+        def pack(x, sizes=sizes):
+            sizes.append(x.nbytes)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            found.append(through(stages, tokens, labels, layout, KeyedDropout(0, 1, 2)))
+    for name, values in found[0][2].items():
+        assert torch.equal(found[1][2][name], values), name
+    assert torch.equal(found[0][0], found[1][0])
+    assert sum(kept[recompute]) < sum(kept["none"]) * (0.4 if recompute == "block" else 0.9)
 
 
 def test_only_the_tables_have_sparse_gradients():

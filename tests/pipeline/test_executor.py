@@ -12,8 +12,9 @@ from small import NUM_LABELS, small_card, small_split, train_small
 
 from mpitrain.comm.buffers import Transport
 from mpitrain.evaluate import load_inference
-from mpitrain.model.bert import BertStage, initialize, num_blocks
+from mpitrain.model.bert import BertStage, num_blocks
 from mpitrain.model.cost import block_costs
+from mpitrain.model.initial import initialize
 from mpitrain.pipeline.balance import split_blocks
 from mpitrain.pipeline.executor import Executor
 from mpitrain.pipeline.schedule import program

@@ -15,9 +15,10 @@ from mpitrain.comm.choice import choose_exchange
 from mpitrain.config import Train
 from mpitrain.dataset.batches import TrainPlan
 from mpitrain.dataset.sequences import MemorySplit
-from mpitrain.model.bert import BertStage, initialize
+from mpitrain.model.bert import BertStage
 from mpitrain.model.card import ModelCard
 from mpitrain.model.cost import block_costs
+from mpitrain.model.initial import initialize
 from mpitrain.optim import ShardedAdamW
 from mpitrain.pipeline.balance import by_hand, split_blocks
 from mpitrain.pipeline.executor import Executor
