@@ -84,6 +84,10 @@ class Train(Section):
     """dropout everywhere in the model; the model card's if not given"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """dtype of weights and activations in the passes; master weights are always fp32"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """of fp32 products: high and medium round their factors to TF32 or bf16 where the hardware gains by it"""
+    linear: Literal["auto", "torch", "onednn"] = "auto"
+    """library of fp32 products on a CPU: the one torch takes, or oneDNN; auto is the faster one in a check at start"""
     recompute: Literal["none", "attention", "block"] = "none"
     """what the backward pass computes again instead of keeping it: scores and probabilities of attention, or all but
     the input of each layer; less memory, more time"""

@@ -8,8 +8,9 @@ import torch
 
 from mpitrain.comm import gpu
 from mpitrain.comm.buffers import Transport
-from mpitrain.config import Config
-from mpitrain.errors import UsageError
+from mpitrain.config import Config, Train
+from mpitrain.errors import UsageError, on_all_ranks
+from mpitrain.model import linear
 from mpitrain.model.bert import BertStage, num_blocks
 from mpitrain.model.card import ModelCard
 from mpitrain.model.cost import block_costs
@@ -19,12 +20,14 @@ from mpitrain.pipeline.balance import by_hand, choose_mesh, split_blocks
 from mpitrain.pipeline.executor import Executor
 from mpitrain.problem import Problem
 from mpitrain.runtime import mesh as meshes
-from mpitrain.runtime.agree import Comm, attempt
+from mpitrain.runtime.agree import Comm, any_rank, attempt, collect
 from mpitrain.runtime.device import choose_device, place_on_node, share_cores
 from mpitrain.runtime.launch import library_version
 from mpitrain.runtime.mesh import Mesh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {"torch": "torch's choice of library", "onednn": "oneDNN"}
+WORTHWHILE = 1.25  # a gain over the library to be expected that is no chance
 TYPICAL_LENGTH = 32.0  # tokens of a sentence, for the cost of attention in the split of layers over stages
 
 
@@ -57,6 +60,9 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     mesh = meshes.build(comm, *shape)
     transport = Transport(device, direct, crowded)
     say_place(comm, console, transport, why, num_threads)
+    torch.set_float32_matmul_precision(config.train.matmul_precision)
+    if device.type == "cpu" and config.train.precision == "fp32":
+        choose_library(comm, config.train, console)
     console.say("mesh", f"{comm.size} rank(s) = {shape[0]} data x {shape[1]} pipe")
     for number, stage in enumerate(stages if shape[1] > 1 else []):
         console.say("", f"stage {number}: {name_blocks(stage, problem.card)}")
@@ -72,6 +78,28 @@ def say_place(comm: Comm, console: Console, transport: Transport, why: str, num_
     if transport.device.type == "cuda":
         way = "staged through pinned host memory" if transport.staged else "directly"
         console.say("device", f"{torch.cuda.get_device_name(transport.device)}; tensors reach MPI {way} ({why})")
+
+
+def choose_library(comm: Comm, options: Train, console: Console) -> None:
+    """Let the library that was asked for, or else one that is fast on all ranks, make fp32 products (collective).
+
+    Where sums have to be reproducible no timing decides.
+
+    Raises:
+        UsageError: oneDNN was asked for, and torch comes without it on some rank.
+    """
+    available = not any_rank(comm, not linear.has_onednn())
+    if options.linear == "onednn" and not available:
+        raise on_all_ranks(UsageError("--train.linear onednn: torch comes without oneDNN here; torch would work"))
+    if options.linear != "auto" or not available:
+        linear.use("onednn" if options.linear == "onednn" else "torch")
+        return
+    suited = set(collect(comm, linear.suits_maker()))
+    first, second = linear.LIBRARIES if suited == {linear.LIBRARIES[0]} else linear.LIBRARIES[::-1]
+    everyone = collect(comm, linear.time_libraries())
+    gain = sum(times[first] for times in everyone) / sum(times[second] for times in everyone)
+    linear.use(second if gain > WORTHWHILE and not options.reproducible else first)
+    console.say("linear", f"fp32 products by {NAMES[linear.in_use()]}; {NAMES[second]} is {gain:.2f} times as fast")
 
 
 def _choose_mesh(

@@ -11,11 +11,16 @@ from mpitrain.checkpoint.load import fill, holds, newest_usable, verify
 from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed, find_checkpoint
 from mpitrain.checkpoint.save import forget_after, retain, save
 from mpitrain.errors import UsageError
+from mpitrain.model import linear
+from mpitrain.place import NAMES
 from mpitrain.run import Run
 from mpitrain.runtime.agree import any_rank, attempt_at_root, share, together
 
 # Settings of `train` that do not change what is learned, or only by the number of steps, which is compared itself.
-FREE_TO_CHANGE = {"device", "threads", "early_stopping", "max_skipped_steps", "epochs", "max_steps"}
+FREE_TO_CHANGE = {
+    *("device", "threads", "linear", "recompute"),
+    *("early_stopping", "max_skipped_steps", "epochs", "max_steps"),
+}
 
 
 def identity_of(run: Run) -> dict[str, Any]:
@@ -39,6 +44,7 @@ def resume(run: Run) -> None:
         place, manifest = found
         with together(run.world, "comparing settings"):
             _check_identity(place, manifest.identity, identity_of(run))
+        take_up_library(run, place)
         fill(run.world, place, manifest, run.stepper.optimizer.slices())
         fill_residuals(run, place, manifest)
         run.stepper.optimizer.set_num_updates(manifest.progress.num_updates)
@@ -93,6 +99,18 @@ def _refuse_foreign_checkpoints(run: Run, resumed: Path | None) -> None:
                     f"--resume {run.config.resume}: {run.directory.checkpoints} holds checkpoints of another run; "
                     "give another --out, or delete them"
                 )
+
+
+def take_up_library(run: Run, place: Path) -> None:
+    """Compute by the library of the run before, for the same bits, where it is left to us and is here (collective)."""
+    then = attempt_at_root(run.world, f"reading {place}", lambda: _described(place)).get("linear", linear.in_use())
+    if (
+        run.config.train.linear == "auto"
+        and then != linear.in_use()
+        and not any_rank(run.world, not linear.has_onednn())
+    ):
+        linear.use(then)
+        run.console.say("linear", f"fp32 products by {NAMES[then]}, as before")
 
 
 def fill_residuals(run: Run, place: Path, manifest: Manifest) -> None:
@@ -184,6 +202,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "stages": [list(stage) for stage in run.place.stages],
         },
         "exchange": run.stepper.exchange.name,
+        "linear": linear.in_use(),
         "data": str(Path(run.config.data).resolve()) if Path(run.config.data).exists() else run.config.data,
         "shards": str(Path(run.problem.directory or "").resolve()),
         "num_steps": run.num_steps,

@@ -171,6 +171,21 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(problem, stopped, un
     assert exit_of(place / "continued")["code"] == 0
 
 
+@pytest.mark.parametrize("library", ["onednn", "torch"])
+def test_a_resumed_run_multiplies_by_the_library_of_the_run_before(problem, library):
+    place, flags, environment = problem
+    settings = (*flags, "--train.max_steps", "8", "--checkpoint.every", "4")
+    whole, half = place / f"by-{library}", place / f"by-{library}-again"
+    done = mpitrain(2, *settings, "--train.linear", library, "--out", str(whole), cwd=place, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(whole, half)
+    shutil.rmtree(half / "checkpoints" / "step-00000008")
+    done = mpitrain(2, *settings, "--out", str(half), cwd=place, **environment)
+    assert done.returncode == 0 and "resume   step 4" in done.stdout, done.stdout + done.stderr
+    assert json.loads((half / "config.json").read_text())["linear"] == library
+    assert_same_run(half, whole)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_residuals_of_error_feedback_are_resumed_or_begin_anew_with_a_warning(problem, ranks):
     place, flags, environment = problem

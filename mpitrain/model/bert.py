@@ -19,13 +19,14 @@ from mpitrain.errors import DataError
 from mpitrain.model.attention import PackedLayout, packed_attention
 from mpitrain.model.card import ModelCard
 from mpitrain.model.dropout import KeyedDropout
-from mpitrain.model.linear import linear, stacked_linear
+from mpitrain.model.linear import linear, linear_gelu, stacked_linear
 
 IGNORED_LABEL = -100
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
+# Of x, weight and bias to the activation of the linear layer.
+ACTIVATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "gelu": partial(linear_gelu, approximate="none"),
+    "gelu_new": partial(linear_gelu, approximate="tanh"),
+    "relu": lambda *arguments: F.relu(linear(*arguments)),
 }
 SITES_PER_BLOCK = 3  # dropout places in a block: attention probabilities, attention output, output
 
@@ -141,7 +142,7 @@ class Intermediate(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[num_tokens, hidden_size] to [num_tokens, intermediate_size]."""
-        return self.activation(self.dense.linear(hidden))
+        return self.activation(hidden, self.dense.weight, self.dense.bias)
 
 
 class EncoderLayer(nn.Module):

@@ -1,32 +1,70 @@
 """The three products of a linear layer, or of several at once, by the faster of torch's two libraries.
 
 In fp32 torch asks MKL, which takes its AVX2 path on processors that are not Intel's; oneDNN takes AVX-512 wherever it
-is there, and is twice as fast (measured on AMD Zen 5: 100 against 210 GFLOP/s on one thread). The choice hangs on the
-processor's maker alone, never on a timing, so that a resumed run computes the same bits.
+is there, and is up to twice as fast (measured on AMD Zen 5: 100 against 210 GFLOP/s on one thread). A process takes one
+of them (`use`): that which suits the processor's maker, unless a short check at start finds the other much faster. A
+mere race would give other bits from run to run.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its customary name
 
+Library = Literal["onednn", "torch"]
+LIBRARIES: tuple[Library, Library] = ("onednn", "torch")
+SIZES = (256, 512, 1024)  # of the products that are timed: rows, inputs, outputs
+ROUNDS = 8
+_library: Library = "torch"  # of this process
 
-@cache
-def prefers_onednn() -> bool:
-    """Whether fp32 products on this CPU should go to oneDNN."""
+
+def use(library: Library) -> None:
+    """Compute products of fp32 on the CPU by oneDNN's own operator, or by whatever torch takes."""
+    global _library  # as with torch.set_num_threads: a matter of the process, not of a layer
+    _library = library
+
+
+def in_use() -> Library:
+    """What `use` has set; torch before."""
+    return _library
+
+
+def has_onednn() -> bool:
+    """Whether oneDNN's operator can be called at all."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def suits_maker() -> Library:
+    """What to expect of this CPU without a look at its speed."""
     try:
         maker = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("vendor_id"))
     except (OSError, StopIteration):
-        return False
+        return "torch"
     has_avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
-    available = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return available and has_avx512 and "GenuineIntel" not in maker
+    return "onednn" if has_onednn() and has_avx512 and "GenuineIntel" not in maker else "torch"
+
+
+def time_libraries() -> dict[Library, float]:
+    """Seconds of a fp32 product by each library, the best of some that take turns; some 30 ms in all."""
+    before = in_use()
+    rows, inputs, outputs = SIZES
+    x, weight, bias = torch.ones(rows, inputs), torch.ones(outputs, inputs), torch.ones(outputs)
+    best: dict[Library, float] = dict.fromkeys(LIBRARIES, float("inf"))
+    for number in range(1 + ROUNDS):
+        for library in LIBRARIES:
+            use(library)
+            began = time.perf_counter()
+            _product(x, weight, bias)
+            if number:  # the first time, oneDNN compiles
+                best[library] = min(best[library], time.perf_counter() - began)
+    use(before)
+    return best
 
 
 class _Linear(torch.autograd.Function):
@@ -53,13 +91,15 @@ _linear = cast("Callable[..., Tensor]", _Linear.apply)
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """X [m, k] times weight [n, k] transposed, plus bias [n]."""
-    if _by_onednn(x):
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
-    return F.linear(x, weight, bias)
+    return _by_onednn(x, weight, bias) if _takes_onednn(x) else F.linear(x, weight, bias)
 
 
-def _by_onednn(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and prefers_onednn()
+def _takes_onednn(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and _library == "onednn"
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", kind: str = "") -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], kind))
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -77,7 +117,21 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """X [m, k], weight [n, k], bias [n], of one floating dtype, to [m, n]."""
-    return _linear(x, weight, bias) if _by_onednn(x) else F.linear(x, weight, bias)
+    return _linear(x, weight, bias) if _takes_onednn(x) else F.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
+    """GELU of `linear`, `approximate` being torch's "none" or "tanh"; one kernel where gradients are not wanted."""
+    if _fuses(x) and not torch.is_grad_enabled():
+        return _by_onednn(x, weight, bias, "gelu", approximate)
+    return F.gelu(linear(x, weight, bias), approximate=approximate)
+
+
+def _fuses(x: Tensor) -> bool:
+    """In bf16 torch's own products are oneDNN's, on any CPU that has them."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() > 0:
+        return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return _takes_onednn(x)
 
 
 def stacked_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:

@@ -10,12 +10,19 @@ from torch.nn import functional as F  # noqa: N812
 from mpitrain.model import linear as module
 
 
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.fixture(autouse=True)
+def _library_of_others():
+    before = module.in_use()
+    yield
+    module.use(before)
+
+
+@pytest.mark.parametrize("library", module.LIBRARIES)
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 8, 3), (71, 64, 256), (5, 33, 7), (0, 8, 4)])
-def test_values_and_gradients_are_those_of_torch(monkeypatch, onednn, rows, inputs, outputs):
-    if onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+def test_values_and_gradients_are_those_of_torch(library, rows, inputs, outputs):
+    if library == "onednn" and not module.has_onednn():
         pytest.skip("reason: this torch was built without oneDNN")
-    monkeypatch.setattr(module, "prefers_onednn", lambda: onednn)
+    module.use(library)
     torch.manual_seed(0)
     ours = [torch.randn(shape).requires_grad_() for shape in ((rows, inputs), (outputs, inputs), (outputs,))]
     theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
@@ -28,19 +35,45 @@ def test_values_and_gradients_are_those_of_torch(monkeypatch, onednn, rows, inpu
         torch.testing.assert_close(mine.grad.double(), reference.grad, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("library", module.LIBRARIES)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_gelu_in_the_product_is_gelu_after_it(library, approximate, dtype, tolerance):
+    module.use(library)
+    torch.manual_seed(0)
+    parameters = [torch.randn(shape).to(dtype) for shape in ((71, 64), (256, 64), (256,))]
+    expected = F.gelu(F.linear(*(each.double() for each in parameters)), approximate=approximate)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            module.linear_gelu(*parameters, approximate).double(), expected, rtol=tolerance, atol=tolerance
+        )
+    parameters[0].requires_grad_()
+    found = module.linear_gelu(*parameters, approximate)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert found.requires_grad
+
+
+def test_libraries_are_timed_and_left_as_they_were():
+    module.use("torch")
+    assert all(0 < seconds < 10 for seconds in module.time_libraries().values())
+    assert module.in_use() == "torch"
+    assert module.suits_maker() in module.LIBRARIES
+
+
 def test_bf16_and_double_stay_with_torch():
+    module.use("onednn")
     for dtype in (torch.bfloat16, torch.float64):
         x, weight, bias = (torch.ones(shape, dtype=dtype) for shape in ((2, 4), (3, 4), (3,)))
         assert torch.equal(module.linear(x, weight, bias), F.linear(x, weight, bias))
 
 
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("library", module.LIBRARIES)
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 9])
-def test_several_layers_at_once_are_each_of_them(monkeypatch, onednn, together, rows):
-    if onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+def test_several_layers_at_once_are_each_of_them(library, together, rows):
+    if library == "onednn" and not module.has_onednn():
         pytest.skip("reason: this torch was built without oneDNN")
-    monkeypatch.setattr(module, "prefers_onednn", lambda: onednn)
+    module.use(library)
     torch.manual_seed(0)
     x = torch.randn(rows, 8, requires_grad=True)
     memory = torch.randn(15, 8)

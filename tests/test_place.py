@@ -1,0 +1,56 @@
+"""All ranks multiply by the same library, whatever each of them has measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from mpitrain import place
+from mpitrain.config import Train
+from mpitrain.errors import UsageError
+from mpitrain.model import linear
+from mpitrain.observe.console import Console
+from mpitrain.runtime.agree import collect
+
+pytestmark = pytest.mark.mpi(min_size=1)
+SILENT = Console(False)
+
+
+@pytest.fixture(autouse=True)
+def _library_of_others():
+    before = linear.in_use()
+    yield
+    linear.use(before)
+
+
+def chosen(comm, **options) -> str:
+    place.choose_library(comm, Train(**options), SILENT)
+    [library] = set(collect(comm, linear.in_use()))
+    return library
+
+
+@pytest.mark.parametrize("odd, expected", [("onednn", "torch"), ("torch", "onednn")])
+def test_what_suits_the_maker_is_taken_unless_it_is_much_slower_on_all_ranks_together(comm, monkeypatch, odd, expected):
+    # The first rank alone would go the other way.
+    usual = {expected: 1.0, odd: 1.0 + 9 * (comm.rank > 0 or comm.size == 1)}
+    monkeypatch.setattr(
+        linear, "time_libraries", lambda: usual | ({odd: 0.5} if comm.rank == 0 < comm.size - 1 else {})
+    )
+    monkeypatch.setattr(linear, "suits_maker", lambda: odd)
+    assert chosen(comm) == expected
+    assert chosen(comm, reproducible=True) == odd
+    assert chosen(comm, linear=odd) == odd
+    monkeypatch.setattr(linear, "suits_maker", lambda: expected)
+    assert chosen(comm) == expected
+
+
+def test_a_small_difference_decides_nothing(comm, monkeypatch):
+    monkeypatch.setattr(linear, "suits_maker", lambda: "torch")
+    monkeypatch.setattr(linear, "time_libraries", lambda: {"onednn": 1.0, "torch": 1.2})
+    assert chosen(comm) == "torch"
+
+
+def test_where_one_rank_has_no_onednn_all_leave_it(comm, monkeypatch):
+    monkeypatch.setattr(linear, "has_onednn", lambda: comm.rank != comm.size - 1)
+    assert chosen(comm) == "torch"
+    with pytest.raises(UsageError, match="torch would work"):
+        chosen(comm, linear="onednn")
