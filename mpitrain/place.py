@@ -21,7 +21,7 @@ from mpitrain.pipeline.executor import Executor
 from mpitrain.problem import Problem
 from mpitrain.runtime import mesh as meshes
 from mpitrain.runtime.agree import Comm, any_rank, attempt, collect
-from mpitrain.runtime.device import choose_device, place_on_node, share_cores
+from mpitrain.runtime.device import Cores, choose_device, place_on_node, share_cores
 from mpitrain.runtime.launch import library_version
 from mpitrain.runtime.mesh import Mesh
 
@@ -52,14 +52,14 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
         pipe: number of stages if neither axis is given, instead of the rule for training.
     """
     device = choose_device(comm, config.train.device)
-    num_threads, crowded = share_cores(comm, config.train.threads)
+    cores = share_cores(comm, config.train.threads)
     shape, stages = attempt(comm, "choosing the mesh", lambda: _choose_mesh(comm.size, config, problem, pipe))
     direct, why = gpu.decide(comm, device, config.comm.gpu) if device.type == "cuda" else (True, "")
     if device.type == "cpu" and config.comm.gpu != "auto":
         console.warn(f"--comm.gpu {config.comm.gpu} has no effect: this run uses no GPU")
     mesh = meshes.build(comm, *shape)
-    transport = Transport(device, direct, crowded)
-    say_place(comm, console, transport, why, num_threads)
+    transport = Transport(device, direct, cores.crowded)
+    say_place(comm, console, transport, why, cores)
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     if device.type == "cpu" and config.train.precision == "fp32":
         choose_library(comm, config.train, console)
@@ -69,12 +69,17 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     return Place(mesh, transport, stages)
 
 
-def say_place(comm: Comm, console: Console, transport: Transport, why: str, num_threads: int) -> None:
+def say_place(comm: Comm, console: Console, transport: Transport, why: str, cores: Cores) -> None:
     """Print what this job runs on, and why a GPU's tensors travel as they do (collective)."""
     per_node = place_on_node(comm)[1]
-    where = f"{comm.size} rank(s), {per_node} on this node, {num_threads} thread(s) each"
+    where = f"{comm.size} rank(s), {per_node} on this node, {cores.num_threads} thread(s) each, {cores.binding}"
     where += " (more ranks than cores: waiting ranks sleep)" if transport.patient else ""
     console.say("ranks", f"{where}; {library_version()}")
+    if cores.excess and transport.device.type == "cpu":
+        console.warn(
+            f"{cores.excess} rank(s) have more threads than cores for them, so that threads wait for each other; "
+            "without OMP_NUM_THREADS and --train.threads there is one for each core"
+        )
     if transport.device.type == "cuda":
         way = "staged through pinned host memory" if transport.staged else "directly"
         console.say("device", f"{torch.cuda.get_device_name(transport.device)}; tensors reach MPI {way} ({why})")

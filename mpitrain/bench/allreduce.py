@@ -76,10 +76,10 @@ def bench_allreduce(comm: Comm, console: Console, *, sizes: Sequence[int], repea
         if comm.rank == 0 and out is not None:
             with user_path("--out", out):
                 out.mkdir(parents=True, exist_ok=True)
-    num_threads, crowded = share_cores(comm, None)
-    facts = describe_machine(comm, num_threads) | {"repeats": repeats, "warm_up": WARM_UP}
+    cores = share_cores(comm, None)
+    facts = describe_machine(comm, cores.num_threads) | {"repeats": repeats, "warm_up": WARM_UP}
     console.say("bench", f"{comm.size} rank(s) on {facts['cores']} cores, {facts['mpi']}, {repeats} turns each")
-    transport = Transport(patient=crowded)
+    transport = Transport(patient=cores.crowded)
     rows: list[Row] = []
     with _gloo(comm, console):
         for dtype in DTYPES:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import groupby
 
 import torch
 from mpi4py import MPI
@@ -37,16 +40,44 @@ def place_on_node(comm: Comm) -> tuple[int, int]:
     return place
 
 
-def share_cores(comm: Comm, threads: int | None) -> tuple[int, bool]:
-    """Set the compute threads of this rank; returns them and whether ranks outnumber cores anywhere (collective).
+@dataclass(frozen=True)
+class Cores:
+    """Where this rank's threads run.
 
-    Ranks whose affinity masks are equal share those cores evenly, unless `threads` or OMP_NUM_THREADS says otherwise.
+    Attributes:
+        num_threads: that compute.
+        crowded: ranks outnumber cores, on some node.
+        excess: ranks of the job with more threads than their share of the cores has room for.
+        binding: to which of this node's cores this rank is bound, and whether the others are elsewhere, in words.
     """
-    mask = sorted(os.sched_getaffinity(0))
+
+    num_threads: int
+    crowded: bool
+    excess: int
+    binding: str
+
+
+def share_cores(comm: Comm, threads: int | None) -> Cores:
+    """Set the compute threads of this rank (collective).
+
+    Ranks share a core evenly with all others on the node whose affinity masks have it too; `threads` or
+    OMP_NUM_THREADS may say otherwise.
+    """
     node = Comm(comm.Split_type(MPI.COMM_TYPE_SHARED))
-    num_sharing = collect(node, mask).count(mask)
+    masks = collect(node, sorted(os.sched_getaffinity(0)))
+    mine = masks[node.rank]
+    share = sum(Fraction(1, sum(core in mask for mask in masks)) for core in mine)
     node.Free()
     told = os.environ.get("OMP_NUM_THREADS", "")  # job scripts say it there
-    num_threads = threads or (int(told) if told.isdigit() and int(told) else max(1, len(mask) // num_sharing))
+    num_threads = threads or (int(told) if told.isdigit() and int(told) else max(1, int(share)))
     torch.set_num_threads(num_threads)
-    return num_threads, any_rank(comm, num_sharing > len(mask))
+    excess = sum(collect(comm, num_threads > max(1, share)))
+    binding = f"on core(s) {_ranges(mine)} of {os.cpu_count()}"
+    binding += "" if masks.count(mine) == len(masks) else ", others on others"
+    return Cores(num_threads, any_rank(comm, share < 1), excess, binding)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0-3, 8: runs of ascending numbers."""
+    runs = [list(run) for _, run in groupby(numbers, lambda number: number - numbers.index(number))]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
