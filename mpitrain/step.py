@@ -24,7 +24,6 @@ from mpitrain.pipeline.executor import Executor, MicroBatch
 from mpitrain.pipeline.schedule import program
 from mpitrain.runtime.agree import collect, total
 from mpitrain.runtime.mesh import Mesh
-from mpitrain.split import part
 
 PAD = 0  # a token that every vocabulary has; what becomes of it has no part in the loss
 
@@ -160,10 +159,7 @@ def load_micro_batches(
 ) -> list[MicroBatch]:
     """This replica's share of a step, with what this stage needs of it."""
     loaded = []
-    count = len(plan.micro_batches)
-    # A tree is cut at powers of two: replicas without work are better than other sums.
-    num_leaves = 1 << (count - 1).bit_length() if options.reproducible else count
-    for number in range(count)[slice(*part(mesh.replica, num_leaves, mesh.num_replicas))]:
+    for number in plan.share(mesh.replica, mesh.num_replicas, reproducible=options.reproducible):
         sequences = plan.micro_batches[number]
         lengths = pad_lengths(split.index.lengths[sequences])
         num_tokens = int(lengths.sum())

@@ -20,7 +20,7 @@ from mpitrain.observe.record import RunDirectory
 from mpitrain.resume import resume, save_checkpoint
 from mpitrain.run import Run, build
 from mpitrain.runtime.agree import Comm, collect, share, together
-from mpitrain.runtime.launch import StopRequest
+from mpitrain.runtime.launch import StopRequest, seconds_since_start
 from mpitrain.step import StepResult, load_micro_batches
 
 
@@ -77,6 +77,7 @@ def run_steps(run: Run) -> str:
     plans = (run.plan.step(step) for step in range(run.progress.step, 0 if is_hopeless(run) else run.num_steps))
     mesh, device = run.place.mesh, run.place.transport.device
     batches = prefetch(plans, lambda plan: load_micro_batches(plan, split, mesh, device, options))
+    first = run.progress.step + 1
     run.console.start_steps(run.progress.step, run.num_steps)
     began = time.perf_counter()
     try:
@@ -86,6 +87,10 @@ def run_steps(run: Run) -> str:
             run.progress.step = plan.step + 1
             run.scores.clear()
             record_step(run, plan, result, time.perf_counter() - began, seconds | result.seconds)
+            if run.progress.step == first:
+                run.console.say(
+                    "start", f"{seconds_since_start():.1f} s from the program's start to the first step's end"
+                )
             refuse_to_go_on_without_updates(run)
             if result.stop:
                 return str(next(names[0] for names in collect(run.world, run.stop.signals) if names))
@@ -113,6 +118,7 @@ def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, pa
         "tokens": plan.num_tokens,
         "seconds": seconds,
         "tokens_per_second": plan.num_tokens / seconds,
+        "imbalance": plan.imbalance(run.place.mesh.num_replicas, reproducible=run.config.train.reproducible),
         **parts,
     }
     if run.world.rank == 0:

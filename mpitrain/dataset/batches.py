@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mpitrain.split import part
+
 Indices = NDArray[np.int64]
 
 
@@ -23,6 +25,7 @@ class StepPlan:
         step: 0-based, over the whole run.
         epoch: 0-based.
         micro_batches: int64 sequence numbers of each micro-batch, none of them empty.
+        costs: estimated, of each micro-batch, any unit.
         num_labelled: labelled tokens of the whole batch, the divisor of the loss.
         num_tokens: tokens of the whole batch.
     """
@@ -30,8 +33,22 @@ class StepPlan:
     step: int
     epoch: int
     micro_batches: tuple[Indices, ...]
+    costs: tuple[float, ...]
     num_labelled: int
     num_tokens: int
+
+    def share(self, replica: int, num_replicas: int, *, reproducible: bool = False) -> range:
+        """The numbers of a replica's micro-batches."""
+        count = len(self.micro_batches)
+        # A tree is cut at powers of two: replicas without work are better than other sums.
+        num_leaves = 1 << (count - 1).bit_length() if reproducible else count
+        return range(count)[slice(*part(replica, num_leaves, num_replicas))]
+
+    def imbalance(self, num_replicas: int, *, reproducible: bool = False) -> float:
+        """The largest estimated cost of a replica by the mean of all."""
+        shares = [self.share(replica, num_replicas, reproducible=reproducible) for replica in range(num_replicas)]
+        costs = [sum(self.costs[number] for number in share) for share in shares]
+        return max(costs) * num_replicas / sum(costs)
 
 
 def sequence_costs(lengths: Indices, hidden_size: int) -> NDArray[np.float64]:
@@ -71,10 +88,12 @@ class TrainPlan:
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(len(self.lengths), self.seed, epoch))
         batch = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
+        micro_batches = tuple(cut_evenly(batch, self.costs[batch], self.micro_batches))
         return StepPlan(
             step=step,
             epoch=epoch,
-            micro_batches=tuple(cut_evenly(batch, self.costs[batch], self.micro_batches)),
+            micro_batches=micro_batches,
+            costs=tuple(float(self.costs[sequences].sum()) for sequences in micro_batches),
             num_labelled=int(self.num_labelled[batch].sum()),
             num_tokens=int(self.lengths[batch].sum()),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import ctypes
 import fcntl
+import math
 import os
 import signal
 import stat
@@ -15,6 +16,7 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -104,6 +106,15 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)  # see mallopt(3)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def seconds_since_start() -> float:
+    """Since this process was started, imports and MPI's start included (proc(5)); NaN where that is not told."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return math.nan
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def library_version() -> str:

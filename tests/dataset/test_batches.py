@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,6 +42,16 @@ def test_every_sequence_is_trained_on_once_per_epoch_and_counted_once(lengths, b
         assert sum(step.num_labelled for step in steps) == (lengths - 1).sum()
         assert all(1 <= len(step.micro_batches) <= micro_batches for step in steps)
         assert all(len(sequences) for step in steps for sequences in step.micro_batches)
+        assert all(len(step.costs) == len(step.micro_batches) for step in steps)
+
+
+@given(lengths_of, st.integers(1, 9), st.booleans())
+def test_replicas_share_a_step_and_are_told_how_evenly(lengths, num_replicas, reproducible):
+    step = plan_of(lengths, batch_size=len(lengths), micro_batches=8).step(0)
+    shares = [step.share(replica, num_replicas, reproducible=reproducible) for replica in range(num_replicas)]
+    assert [number for share in shares for number in share] == list(range(len(step.micro_batches)))
+    costs = [sum(sequence_costs(lengths[step.micro_batches[n]], 32).sum() for n in share) for share in shares]
+    assert step.imbalance(num_replicas, reproducible=reproducible) == pytest.approx(max(costs) / np.mean(costs))
 
 
 @given(lengths_of, st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(0, 9))
