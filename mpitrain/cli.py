@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpitrain import __version__, config
+from mpitrain.bench import command as bench
 from mpitrain.errors import ExitCode, MpitrainError, UsageError, on_all_ranks
 from mpitrain.runtime import launch
 
@@ -27,11 +28,9 @@ COMMANDS = {
     "predict": "tag a file, or standard input, with a checkpoint",
     "export": "write a checkpoint as a directory that transformers loads",
     "inspect": "show what is in a shard directory or a checkpoint",
-    "bench": "time our all-reduce beside MPI's own and gloo's, or a training step",
+    "bench": "time our all-reduce beside MPI's own and gloo's, training steps, or their parts",
 }
-BENCH_FLAGS = {"allreduce": ["--kib"], "step": ["--steps", "--lengths", "--await-turns"]}
-OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", "--repeats"}.union(*BENCH_FLAGS.values())
-SIZES = [4**power for power in range(3, 10)]  # KiB: 64 KiB to 256 MiB
+OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", *bench.FLAGS}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,23 +54,8 @@ def command_parser(command: str) -> _Parser:
         parser.add_argument("--format", choices=["auto", "conll", "text"], default="auto", help="of the input")
         parser.add_argument("--to", choices=["conll", "jsonl"], default="conll", help="of the output")
     if command == "bench":
-        parser.add_argument("what", choices=["allreduce", "step"], metavar="allreduce|step", help="what to time")
-        parser.add_argument("--repeats", type=_count, default=21, metavar="N", help="turns (default: %(default)s)")
-        parser.add_argument("--kib", type=_counts, metavar="N,N,...", help="allreduce: sizes (default: 64 to 262144)")
-        parser.add_argument("--steps", type=_count, metavar="N", help="step: steps in a turn")
-        parser.add_argument("--lengths", type=Path, metavar="FILE", help="step: lines of a length and how many have it")
-        parser.add_argument("--await-turns", action="store_true", help="step: a line of standard input starts a turn")
+        bench.add_arguments(parser)
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"found {text!r}; a whole number above 0 would work")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    return [_count(word) for word in text.split(",")]
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -238,30 +222,6 @@ def _export(world: Any, options: argparse.Namespace, settings: Config, console: 
     return ExitCode.DONE
 
 
-def _bench(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    for flag in BENCH_FLAGS["step" if options.what == "allreduce" else "allreduce"]:
-        if getattr(options, flag.removeprefix("--").replace("-", "_")):
-            raise on_all_ranks(UsageError(f"{flag} is no flag of bench {options.what}"))
-    if options.what == "allreduce":
-        from mpitrain.bench.allreduce import bench_allreduce
-
-        sizes = [1024 * kib for kib in options.kib or SIZES]
-        bench_allreduce(world, console, sizes=sizes, repeats=options.repeats, out=settings.out)
-    else:
-        from mpitrain.bench.step import bench_step
-
-        bench_step(
-            world,
-            settings,
-            console,
-            lengths=options.lengths,
-            repeats=options.repeats,
-            steps=options.steps or 1,
-            await_turns=options.await_turns,
-        )
-    return ExitCode.DONE
-
-
 def _inspect(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
     place = options.directory or options.checkpoint
     if place is None:
@@ -296,5 +256,5 @@ HANDLERS: dict[str, Handler] = {
     "predict": _predict,
     "export": _export,
     "inspect": _inspect,
-    "bench": _bench,
+    "bench": bench.run,
 }

@@ -13,6 +13,7 @@ from launching import clean_environment, command, mpitrain
 from mpitrain.bench.allreduce import Contender, _check
 from mpitrain.bench.step import read_lengths
 from mpitrain.errors import DataError, MpitrainError
+from mpitrain.model.card import load_card
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -62,6 +63,32 @@ def test_a_step_is_timed_by_its_parts(tmp_path, ranks):
         assert 12 * 5 <= turn["tokens"] <= 12 * 9
         assert 0 < sum(seconds for name, seconds in turn["parts"].items() if name != "reduce_hidden") < turn["seconds"]
         assert turn["parts"]["reduce"] + turn["parts"]["reduce_hidden"] > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_is_held_against_the_fastest_product_and_shared_out_by_parts(tmp_path, ranks, precision):
+    flags = (*STEP, "--train.precision", precision, "--train.dropout", "0.1", "--out", "results")
+    done = mpitrain(ranks, "bench", "train", *flags, "--repeats", "3", "--steps", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "results" / f"train-{ranks}.json").read_text())
+    parts = found["seconds_of_a_step"]
+    always = {"attention", "linear", "activation", "norm", "dropout", "embedding", "loss", "optimizer", "data"}
+    assert always <= {name for name, seconds in parts.items() if seconds > 0}
+    assert sum(parts.values()) <= max(turn["seconds"] for turn in found["turns"]) / 2 * 1.5
+    card = load_card("bert-tiny")
+    hidden, wide = card.hidden_size, card.intermediate_size
+    matrices = card.num_hidden_layers * (4 * hidden**2 + 2 * hidden * wide)
+    flop = 6 * found["tokens_per_second"]
+    assert flop * matrices < found["model_flop_per_second"] < flop * matrices * 1.05
+    assert found["utilisation"] == found["model_flop_per_second"] / found["product_flop_per_second"] < 1
+    assert len(found["peak_memory"]) == ranks
+    assert (tmp_path / "results" / f"train-{ranks}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_flags_of_another_benchmark_are_refused(tmp_path):
+    done = mpitrain(1, "bench", "train", "--kib", "4", cwd=tmp_path)
+    assert done.returncode == 64 and "--kib is no flag of bench train" in done.stderr
 
 
 def test_a_turn_waits_for_a_line_of_standard_input(tmp_path):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from mpitrain.place import find_place
 from mpitrain.problem import Problem
 from mpitrain.run import LEARNING_RATES, build_stepper, make_plan
 from mpitrain.runtime.agree import Comm, attempt, collect, share, together
-from mpitrain.step import Stepper, load_micro_batches
+from mpitrain.step import load_micro_batches
 
 LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
 NUM_SEQUENCES = 6000
@@ -68,52 +68,71 @@ def bench_step(
         steps: of a turn.
         await_turns: begin each turn when a line of standard input comes.
     """
-    problem = attempt(comm, "reading the model", lambda: _problem(config))
-    longest = problem.card.max_position_embeddings
-    found = attempt(comm, "reading lengths", lambda: read_lengths(lengths, longest))
-    place = find_place(comm, config, problem, console)
-    num_steps = WARM_UP + repeats * steps
-    stepper = build_stepper(config, problem, place, console, num_steps=num_steps, peak=LEARNING_RATES["scratch"])
-    console.say("bench", f"{config.model}, batch {config.train.batch_size}, {config.train.precision}, random tokens")
-    run = _turns(stepper, config, problem, _random_split(found, problem.card))
-    run(WARM_UP)
+    work = Workload(comm, config, console, lengths, num_steps=WARM_UP + repeats * steps)
     turns: list[Turn] = []
     for _ in range(repeats):
         if await_turns and not share(comm, comm.rank == 0 and bool(sys.stdin.readline())):
             raise on_all_ranks(UsageError("--await-turns: standard input ended before the last turn"))
-        turns.append(run(steps))
+        turns.append(work.run(steps))
         if comm.rank == 0 and await_turns:
             print(json.dumps({"tokens": turns[-1].tokens, "seconds": turns[-1].seconds}), flush=True)  # noqa: T201
     facts = describe_machine(comm, torch.get_num_threads())
     console.show(table_of(turns, steps))
     with together(comm, "writing results"):
         if comm.rank == 0 and config.out is not None:
-            shape = {"data": place.mesh.num_replicas, "pipe": place.mesh.num_stages}
-            settings = {"mesh": shape, "exchange": stepper.exchange.name, "config": config.model_dump(mode="json")}
-            document = facts | settings | {"steps": steps, "turns": [vars(turn) for turn in turns]}
-            write(config.out, f"step-{comm.size}", document, console)
-    stepper.close()
-    place.mesh.free()
+            write(config.out, f"step-{comm.size}", facts | work.describe(turns, steps), console)
+    work.close()
 
 
-def _turns(stepper: Stepper, config: Config, problem: Problem, split: MemorySplit) -> Callable[[int], Turn]:
-    """What trains for so many steps more (collective)."""
-    mesh, options = stepper.mesh, config.train
-    device = stepper.exchange.transport.device
-    plan, _ = make_plan(config, problem, {"train": split})
-    numbers = count()
+class Workload:
+    """Training on random tokens, ready to take turns; warmed up."""
 
-    def run(num_steps: int) -> Turn:
+    def __init__(self, comm: Comm, config: Config, console: Console, lengths: Path | None, *, num_steps: int) -> None:
+        """Build model and mesh, and say what they are (collective); `num_steps` with those of the warm-up."""
+        self.config = config
+        self.problem = attempt(comm, "reading the model", lambda: _problem(config))
+        card = self.problem.card
+        found = attempt(comm, "reading lengths", lambda: read_lengths(lengths, card.max_position_embeddings))
+        self.place = find_place(comm, config, self.problem, console)
+        peak = LEARNING_RATES["scratch"]
+        self.stepper = build_stepper(config, self.problem, self.place, console, num_steps=num_steps, peak=peak)
+        console.say(
+            "bench", f"{config.model}, batch {config.train.batch_size}, {config.train.precision}, random tokens"
+        )
+        self._split = _random_split(found, card)
+        self._plan, _ = make_plan(config, self.problem, {"train": self._split})
+        self._numbers = count()
+        self.run(WARM_UP)
+
+    def run(self, num_steps: int) -> Turn:
+        """Train for so many steps more (collective)."""
+        mesh, device = self.place.mesh, self.place.transport.device
         mesh.world.Barrier()
         began, tokens, parts = perf_counter(), 0, []
-        for step_plan in map(plan.step, islice(numbers, num_steps)):
-            micro_batches = load_micro_batches(step_plan, split, mesh, device, options)
-            parts.append(stepper.run(step_plan, micro_batches, False).seconds)
-            tokens += step_plan.num_tokens
+        for plan in map(self._plan.step, islice(self._numbers, num_steps)):
+            loading = perf_counter()
+            micro_batches = load_micro_batches(plan, self._split, mesh, device, self.config.train)
+            seconds = {"data": perf_counter() - loading}
+            parts.append(seconds | self.stepper.run(plan, micro_batches, False).seconds)
+            tokens += plan.num_tokens
         mesh.world.Barrier()
         return Turn(tokens, perf_counter() - began, _mean_parts(mesh.world, parts))
 
-    return run
+    def describe(self, turns: list[Turn], steps: int) -> dict[str, Any]:
+        """What was done in how many seconds."""
+        mesh = self.place.mesh
+        return {
+            "mesh": {"data": mesh.num_replicas, "pipe": mesh.num_stages},
+            "exchange": self.stepper.exchange.name,
+            "config": self.config.model_dump(mode="json"),
+            "steps": steps,
+            "turns": [vars(turn) for turn in turns],
+        }
+
+    def close(self) -> None:
+        """Give memory and communicators back (collective)."""
+        self.stepper.close()
+        self.place.mesh.free()
 
 
 def _problem(config: Config) -> Problem:

@@ -60,7 +60,7 @@ def time_libraries() -> dict[Library, float]:
         for library in LIBRARIES:
             use(library)
             began = time.perf_counter()
-            _product(x, weight, bias)
+            product(x, weight, bias)
             if number:  # the first time, oneDNN compiles
                 best[library] = min(best[library], time.perf_counter() - began)
     use(before)
@@ -76,20 +76,20 @@ class _Linear(torch.autograd.Function):
         weight, bias = _stack(parameters[:count]), _stack(parameters[count:])
         ctx.sizes = [len(each) for each in parameters[:count]]
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        inputs = _product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
-        weights, biases = _product(gradient.t(), x.t()), gradient.sum(0)
+        inputs = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        weights, biases = product(gradient.t(), x.t()), gradient.sum(0)
         return inputs, *torch.split(weights, ctx.sizes), *torch.split(biases, ctx.sizes)
 
 
 _linear = cast("Callable[..., Tensor]", _Linear.apply)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """X [m, k] times weight [n, k] transposed, plus bias [n]."""
     return _by_onednn(x, weight, bias) if _takes_onednn(x) else F.linear(x, weight, bias)
 

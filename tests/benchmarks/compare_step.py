@@ -40,6 +40,7 @@ class Job:
     process: subprocess.Popen[str] | None = None
     rates: list[float] = field(default_factory=list)  # tokens per second
     pss: int = 0
+    peak: int = 0  # resident bytes of the largest process, ever
 
     def turn(self) -> None:
         """Let it run one turn."""
@@ -61,7 +62,9 @@ class Job:
             raise SystemExit(f"{' '.join(self.command)} ended with code {code}")
         result = json.loads(line)
         self.rates.append(result["tokens"] / result["seconds"])
-        self.pss = max(self.pss, sum(map(pss_of, descendants(self.process.pid))))
+        below = [self.process.pid, *descendants(self.process.pid)]
+        self.pss = max(self.pss, sum(map(pss_of, below[1:])))
+        self.peak = max(self.peak, *map(peak_of, below))
         self._signal(signal.SIGSTOP)
 
     def end(self) -> None:
@@ -74,7 +77,8 @@ class Job:
             self.process = None
 
     def _signal(self, number: int) -> None:
-        for pid in descendants(self.process.pid):
+        # mpirun itself goes on; a program without mpirun is its own only process.
+        for pid in descendants(self.process.pid) or [self.process.pid]:
             os.kill(pid, number)
 
 
@@ -88,6 +92,12 @@ def pss_of(pid: int) -> int:
     """Bytes of a process's memory, shared pages divided by how many share them."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+
+
+def peak_of(pid: int) -> int:
+    """The most bytes that a process ever had resident."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
 
 def available_memory() -> int:
