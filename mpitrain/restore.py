@@ -20,6 +20,7 @@ from mpitrain.pipeline.executor import Executor
 from mpitrain.place import DTYPES, Place, find_place
 from mpitrain.problem import Problem
 from mpitrain.runtime.agree import Comm, attempt, attempt_at_root
+from mpitrain.runtime.device import choose_device
 
 DOCUMENTS = ("config.json", "tokenizer.json")
 
@@ -30,12 +31,14 @@ class Trained:
 
     Attributes:
         trained_on: `data` and `shards` of its config.json.
+        precision: of its training.
     """
 
     directory: Path
     manifest: Manifest
     problem: Problem
     trained_on: dict[str, str]
+    precision: str
 
 
 def open_checkpoint(comm: Comm, place: Path, console: Console) -> Trained:
@@ -62,8 +65,9 @@ def _understand(directory: Path, manifest: Manifest, config: str, tokenizer: str
     try:
         described = json.loads(config)
         problem = Problem.from_documents(described["problem"], tokenizer)
-        return Trained(directory, manifest, problem, {name: described[name] for name in ("data", "shards")})
-    except (KeyError, ValueError) as error:
+        trained_on = {name: described[name] for name in ("data", "shards")}
+        return Trained(directory, manifest, problem, trained_on, described["config"]["train"]["precision"])
+    except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{directory}/config.json: cannot be used: {error!r}") from None
 
 
@@ -79,9 +83,17 @@ def restore_weights(comm: Comm, trained: Trained, names: list[str]) -> dict[str,
 
 
 def restore_stage(comm: Comm, config: Config, trained: Trained, console: Console) -> tuple[Place, Executor]:
-    """This rank's stage with its trained weights, ready to infer (collective)."""
+    """This rank's stage with its trained weights, ready to infer in the precision of training if none is given.
+
+    Collective. fp16, which is for GPUs, becomes fp32 where there are none.
+    """
     problem = trained.problem
+    if "precision" not in config.train.model_fields_set:
+        alike = trained.precision != "fp16" or choose_device(comm, config.train.device).type == "cuda"
+        train = config.train.model_copy(update={"precision": trained.precision if alike else "fp32"})
+        config = config.model_copy(update={"train": train})
     place = find_place(comm, config, problem, console, pipe=1)
+    console.say("computes", f"in {config.train.precision}; trained in {trained.precision}")
     stage = BertStage(problem.card, len(problem.label_names), *place.blocks)
     names = [name for name, _ in stage.named_parameters()]
     load_weights(stage, restore_weights(place.mesh.world, trained, names))

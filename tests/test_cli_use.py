@@ -62,6 +62,19 @@ def test_scores_are_those_of_the_run_on_any_mesh(trained, mesh):
     assert (expected["dev"]["sentences"], expected["test"]["sentences"]) == (30, 25)
 
 
+def test_what_was_trained_in_bf16_is_used_in_bf16_unless_told_otherwise(trained):
+    place, environment = trained
+    done = mpitrain(2, *FLAGS, "--out", "half", "--train.precision", "bf16", *SHORT, cwd=place, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "in bf16; trained in bf16" in use(trained, 2, "evaluate", "--checkpoint", "half", "--out", "half-scores")
+    found, expected = (json.loads((place / run / "eval.json").read_text()) for run in ("half-scores", "half"))
+    assert found["test"]["token_accuracy"] == expected["test"]["token_accuracy"]
+    assert found["test"]["loss"] == pytest.approx(expected["test"]["loss"], rel=1e-6)
+    flags = ("--train.precision", "fp32", "--out", "whole-scores")
+    assert "in fp32; trained in bf16" in use(trained, 1, "evaluate", "--checkpoint", "half", *flags)
+    assert json.loads((place / "whole-scores" / "eval.json").read_text())["test"]["loss"] != found["test"]["loss"]
+
+
 def test_scores_of_a_run_on_shards_given_by_a_relative_path_are_found_from_anywhere(trained, tmp_path):
     place, environment = trained
     for arguments in (["prepare", *FLAGS, "--out", "shards"], [*FLAGS[:3], "shards", "--out", "on-shards", *SHORT]):
