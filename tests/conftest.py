@@ -31,6 +31,14 @@ def pytest_configure(config: pytest.Config) -> None:
         reporter._tw._file = Path(os.devnull).open("w")  # noqa: SIM115 - open for as long as the process lives
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _library_of_the_program() -> None:
+    """What makes fp32 products here makes them in tests too."""
+    from mpitrain.model import linear
+
+    linear.use(linear.suits_maker())
+
+
 def _with_mpi(config: pytest.Config) -> bool:
     return bool(config.getoption("--with-mpi") or config.getoption("--only-mpi"))
 

@@ -64,6 +64,13 @@ def test_gpipe_gives_the_same_numbers(comm):
             assert_equal_runs(run, reference, 1e-5)
 
 
+@pytest.mark.parametrize("recompute", ["attention", "block"])
+def test_what_is_computed_again_changes_no_bit(comm, recompute):
+    for data, pipe in meshes_of(comm):
+        kept, again = (train_small(comm, data, pipe, 5, recompute=how) for how in ("none", recompute))
+        assert (again.losses, again.grad_norms) == (kept.losses, kept.grad_norms)
+
+
 def test_a_stage_of_the_head_alone_gives_the_same_numbers(comm):
     layers = {2: (4, 0), 3: (2, 2, 0), 4: (0, 3, 1, 0)}.get(comm.size)
     if layers:

@@ -79,7 +79,7 @@ def bench_allreduce(comm: Comm, console: Console, *, sizes: Sequence[int], repea
     cores = share_cores(comm, None)
     facts = describe_machine(comm, cores.num_threads) | {"repeats": repeats, "warm_up": WARM_UP}
     console.say("bench", f"{comm.size} rank(s) on {facts['cores']} cores, {facts['mpi']}, {repeats} turns each")
-    transport = Transport(patient=cores.crowded)
+    transport = Transport(patient=cores.crowded, one_host=_num_hosts(comm) == 1)
     rows: list[Row] = []
     with _gloo(comm, console):
         for dtype in DTYPES:
@@ -153,6 +153,7 @@ def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Itera
     except UsageError as error:
         size = values.nbytes >> 10
         raise on_all_ranks(UsageError(f"--kib {size}: smaller sizes would work ({error})")) from None
+    exchange.wants_squares = False  # others are not asked for a norm either
     found = {"node": _by_node(comm, exchange, bucket)}
     found["ring"] = in_place(ring.AllReduce(comm, values, transport))
     if values.dtype == torch.float32:

@@ -37,6 +37,7 @@ class Transport:
         direct: MPI gets the tensors' own memory; by default that of CPU tensors only.
         patient: ranks outnumber cores, on some node: sleep between looks at what takes long. The same on all ranks.
         background: another thread of this rank computes meanwhile: sleep from the first look on.
+        one_host: all ranks share memory, so that messages are copied by the ranks' own cores. The same on all ranks.
         yielding: seconds for which who is patient only yields its core between looks; then it sleeps.
     """
 
@@ -44,6 +45,7 @@ class Transport:
     direct: bool | None = None
     patient: bool = False
     background: bool = False
+    one_host: bool = False
     yielding: float = YIELDING
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,15 @@ def choose_exchange(
         if algorithm == "node":
             raise on_all_ranks(UsageError(f"--comm.algorithm node: {obstacle}; auto or ring would work"))
         why += f" ({obstacle})"
+    transport = replace(transport, one_host=_share_memory(data_axis))
     return MessageExchange(data_axis, transport, buckets, dtype, **wires), why
+
+
+def _share_memory(comm: Comm) -> bool:
+    node = Comm(comm.Split_type(MPI.COMM_TYPE_SHARED))
+    together = node.size == comm.size
+    node.Free()
+    return together
 
 
 def _planned(collective: Callable[[Comm, torch.Tensor, Transport], None]) -> Callable[..., Callable[[], None]]:

@@ -32,6 +32,7 @@ class Exchange(ABC):
     """
 
     name: str  # what it uses, in a word or two
+    wants_squares = True  # `reduce` leaves `bucket.squares` where that costs little
 
     def __init__(
         self,

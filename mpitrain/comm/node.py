@@ -123,13 +123,15 @@ class NodeExchange(Exchange):
         if touched is not None:
             self._reduce_rows(number, touched)
             return
-        norms = []
+        norms: list[torch.Tensor] | None = [] if self._alone and self.wants_squares else None
         for summed, *others in self._shares[number].chunks:
             for other in others:
                 summed += other
-            if self._alone:  # these sums are final, and still in the core's cache: who clips need not read them again
+            if (
+                norms is not None
+            ):  # these sums are final, and still in the core's cache: who clips need not read them again
                 norms.append(torch.linalg.vector_norm(summed))
-        self.buckets[number].squares = sum_of_squares(norms) if self._alone else None
+        self.buckets[number].squares = None if norms is None else sum_of_squares(norms)
         self._sums[number]()
 
     def _announce_rows(self, number: int) -> torch.Tensor:

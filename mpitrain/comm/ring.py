@@ -8,7 +8,8 @@ all-gather finished chunks go round the same way. Each rank sends 2 (k - 1) / k 
     chunk sent by rank r at hop h:   reduce-scatter r - h - 1,   all-gather r - h      (modulo k)
 
 Chunks travel in segments: one is sent on as soon as it has been added to, while the next is still on its way, so that
-the link never waits for an addition. Within a chunk segments keep their order, as messages between two ranks do.
+the link never waits for an addition. Within a chunk segments keep their order, as messages between two ranks do. Two
+ranks of one host have no link, only their cores, which cannot copy and add at once: there chunks travel whole.
 
 A chunk is summed once, by hops in a fixed order, then copied: every rank holds the same bits.
 
@@ -86,7 +87,10 @@ class ReduceScatter:
             landing: buffers to share with others that are never called at the same time.
         """
         self._flat, self._wire = flat, wire
-        chunks = _cut(comm, flat, CROWDED_SEGMENT if transport.patient else SEGMENT)
+        whole = comm.size == 2 and transport.one_host and not transport.staged
+        chunks = _cut(comm, flat, whole=whole, crowded=transport.patient)
+        # What leaves whole has arrived as soon as it has left; who added meanwhile would keep the other waiting.
+        self._leaves_first = whole and max(map(len, chunks)) == 1
         self._first = chunks[comm.rank - 1]
         self._targets = [part for hop in range(comm.size - 1) for part in chunks[(comm.rank - hop - 2) % comm.size]]
         self._num_forwarded = len(self._targets) - len(chunks[comm.rank])  # the own ones come last, and stay
@@ -101,6 +105,8 @@ class ReduceScatter:
         self._inbox.begin()
         for part in self._first:
             self._send(part)
+        if self._leaves_first:
+            self._outbox.wait()
         for number, part in enumerate(self._targets):
             part.tensor.add_(self._inbox.next())
             if number < self._num_forwarded:
@@ -118,10 +124,8 @@ class AllGather:
 
     def __init__(self, comm: Comm, flat: torch.Tensor, transport: Transport) -> None:
         """Lay out what a call does; arguments are as for `ReduceScatter`."""
-        length = CROWDED_SEGMENT if transport.patient else SEGMENT
-        if comm.size == 2 and not transport.staged:
-            length = MAX_MESSAGE // flat.element_size()  # nothing is forwarded or added: there is nothing to cut for
-        chunks = _cut(comm, flat, length)
+        whole = comm.size == 2 and not transport.staged  # nothing is forwarded or added: there is nothing to cut for
+        chunks = _cut(comm, flat, whole=whole, crowded=transport.patient)
         self._own = chunks[comm.rank]
         self._targets = [part for hop in range(comm.size - 1) for part in chunks[(comm.rank - hop - 1) % comm.size]]
         # The right neighbour's own chunk comes last: it has it.
@@ -143,8 +147,10 @@ class AllGather:
         self._outbox.wait()
 
 
-def _cut(comm: Comm, flat: torch.Tensor, length: int) -> list[list[Part]]:
+def _cut(comm: Comm, flat: torch.Tensor, *, whole: bool, crowded: bool) -> list[list[Part]]:
     """Each rank's chunk in segments of equal size, the last one shorter; an empty chunk costs no message."""
+    length = CROWDED_SEGMENT if crowded else SEGMENT
+    length = MAX_MESSAGE // flat.element_size() if whole else length
     if flat.dim() != 1 or not flat.is_contiguous():
         raise ValueError(f"a ring takes a flat contiguous tensor, found shape {tuple(flat.shape)}")
     bounds = [aligned_part(index, flat.numel(), comm.size) for index in range(comm.size)]

@@ -16,6 +16,7 @@ from mpitrain.split import aligned_part
 
 pytestmark = pytest.mark.mpi(min_size=1)
 WAYS = {"direct": Transport(), "patient": Transport(patient=True), "staged": Transport(direct=False)}
+WAYS["one host"] = Transport(one_host=True)
 WAYS["patient and staged"] = Transport(direct=False, patient=True)
 LENGTHS = [0, 1, 63, 64, 65, 3 * 64 - 1, 8 * 64, 8 * 64 + 1, 4099, 70001]
 

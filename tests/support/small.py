@@ -103,7 +103,7 @@ def train_small(
     transport = Transport(torch.device(device), direct, patient=True)
     stages = split_blocks(block_costs(card, NUM_LABELS, 20.0), pipe)
     stages = by_hand(layers, card.num_hidden_layers) if layers else stages
-    stage = BertStage(card, NUM_LABELS, *stages[mesh.stage])
+    stage = BertStage(card, NUM_LABELS, *stages[mesh.stage], settings.recompute)
     initialize(stage, card, settings.seed)
     stage.to(device)
     buckets = fill_buckets(stage, 20_000, stage.tables, stage.stacks)
