@@ -21,7 +21,7 @@ from mpitrain.pipeline.executor import Executor
 from mpitrain.problem import Problem
 from mpitrain.runtime import mesh as meshes
 from mpitrain.runtime.agree import Comm, any_rank, attempt, collect
-from mpitrain.runtime.device import Cores, choose_device, place_on_node, share_cores
+from mpitrain.runtime.device import Cores, choose_device, keep_freed_memory, place_on_node, share_cores
 from mpitrain.runtime.launch import library_version
 from mpitrain.runtime.mesh import Mesh
 
@@ -51,6 +51,7 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     Args:
         pipe: number of stages if neither axis is given, instead of the rule for training.
     """
+    keep_freed_memory()
     device = choose_device(comm, config.train.device)
     cores = share_cores(comm, config.train.threads)
     shape, stages = attempt(comm, "choosing the mesh", lambda: _choose_mesh(comm.size, config, problem, pipe))

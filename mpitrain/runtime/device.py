@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
@@ -12,6 +14,8 @@ from mpi4py import MPI
 
 from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.runtime.agree import Comm, any_rank, collect
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def choose_device(comm: Comm, wanted: str) -> torch.device:
@@ -30,6 +34,14 @@ def choose_device(comm: Comm, wanted: str) -> torch.device:
     device = torch.device("cuda", place_on_node(comm)[0] % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep what is freed: pages of large temporaries would come anew, and zeroed, in every step."""
+    with suppress(OSError, AttributeError):  # not in other C libraries
+        libc = ctypes.CDLL(None)  # see mallopt(3)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def place_on_node(comm: Comm) -> tuple[int, int]:

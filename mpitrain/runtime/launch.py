@@ -26,7 +26,6 @@ from mpitrain.errors import ExitCode, MpitrainError, UsageError, code_of
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "MPI_LOCALRANKID", "SLURM_PROCID")
 PR_SET_TIMERSLACK = 29
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc
 # USR1 is the one signal that both MPICH's and Open MPI's mpirun pass on; TERM and INT are best effort.
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -80,7 +79,6 @@ def start() -> Any:
         UsageError: no MPI library, a thread level below MPI_THREAD_MULTIPLE, or ranks that do not know of each other.
     """
     nap_precisely()
-    keep_freed_memory()
     # Harmless where ranks have cores of their own; where they share them MPICH then yields while it waits.
     os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
     mpi = import_mpi()
@@ -98,14 +96,6 @@ def nap_precisely() -> None:
     """Have the kernel end naps of 20 us after 20 us, not 70: it may be late by the timer slack (Linux prctl(2))."""
     with suppress(OSError, AttributeError):  # not on other systems
         ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
-
-
-def keep_freed_memory() -> None:
-    """Have malloc keep what is freed: pages of large temporaries would come anew, and zeroed, in every step."""
-    with suppress(OSError, AttributeError):  # not in other C libraries
-        libc = ctypes.CDLL(None)  # see mallopt(3)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def seconds_since_start() -> float:
