@@ -38,10 +38,15 @@ lint: $(VENV)/.installed-dev  ## style, spelling, types, import rules, shell scr
 	$(BIN)/codespell
 	$(BIN)/shellcheck -x .ci/run jobs/*.sh
 
-bench: $(VENV)/.installed-dev  ## all-reduce and training steps beside others' on 2, 4 and 8 ranks, into tests/benchmarks/results
+bench: $(VENV)/.installed-dev  ## all-reduce, training, tagging beside others', on up to 8 ranks, into tests/benchmarks/results
 	for ranks in 2 4 8; do \
 	  $(BIN)/mpirun -np $$ranks $(BIN)/python -m mpitrain bench allreduce --out $(RESULTS) $(ARGS) || exit; done
+	for model in minilm-l6 bert-base-uncased; do \
+	  $(BIN)/mpirun -np 2 $(BIN)/python -m mpitrain bench train --model $$model --train.micro_batches 2 \
+	    --train.precision bf16 --lengths tests/benchmarks/lengths.txt --steps 2 --out $(RESULTS)/$$model || exit; done
 	$(BIN)/python tests/benchmarks/compare_step.py --out $(RESULTS)
+	$(BIN)/python tests/benchmarks/compare_train.py --out $(RESULTS)
+	$(BIN)/python tests/benchmarks/compare_predict.py --out $(RESULTS)
 	if $(BIN)/python tests/support/hosts.py; then $(BIN)/python tests/benchmarks/network.py --out $(RESULTS); fi
 
 clean:  ## remove environments and caches; runs are kept

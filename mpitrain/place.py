@@ -26,8 +26,7 @@ from mpitrain.runtime.launch import library_version
 from mpitrain.runtime.mesh import Mesh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NAMES = {"torch": "torch's choice of library", "onednn": "oneDNN"}
-WORTHWHILE = 1.25  # a gain over the library to be expected that is no chance
+WORTHWHILE = 1.5  # a gain over the library to be expected that is no chance
 TYPICAL_LENGTH = 32.0  # tokens of a sentence, for the cost of attention in the split of layers over stages
 
 
@@ -51,8 +50,9 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     Args:
         pipe: number of stages if neither axis is given, instead of the rule for training.
     """
-    keep_freed_memory()
     device = choose_device(comm, config.train.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     cores = share_cores(comm, config.train.threads)
     shape, stages = attempt(comm, "choosing the mesh", lambda: _choose_mesh(comm.size, config, problem, pipe))
     direct, why = gpu.decide(comm, device, config.comm.gpu) if device.type == "cuda" else (True, "")
@@ -62,8 +62,10 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     transport = Transport(device, direct, cores.crowded)
     say_place(comm, console, transport, why, cores)
     torch.set_float32_matmul_precision(config.train.matmul_precision)
-    if device.type == "cpu" and config.train.precision == "fp32":
+    if multiplies_by_library(device, config.train):
         choose_library(comm, config.train, console)
+    elif config.train.linear != "auto":
+        console.warn(f"--train.linear {config.train.linear} has no effect: it is for fp32 on CPUs")
     console.say("mesh", f"{comm.size} rank(s) = {shape[0]} data x {shape[1]} pipe")
     for number, stage in enumerate(stages if shape[1] > 1 else []):
         console.say("", f"stage {number}: {name_blocks(stage, problem.card)}")
@@ -86,6 +88,11 @@ def say_place(comm: Comm, console: Console, transport: Transport, why: str, core
         console.say("device", f"{torch.cuda.get_device_name(transport.device)}; tensors reach MPI {way} ({why})")
 
 
+def multiplies_by_library(device: torch.device, options: Train) -> bool:
+    """Whether it matters which library makes fp32 products."""
+    return device.type == "cpu" and options.precision == "fp32"
+
+
 def choose_library(comm: Comm, options: Train, console: Console) -> None:
     """Let the library that was asked for, or else one that is fast on all ranks, make fp32 products (collective).
 
@@ -101,11 +108,14 @@ def choose_library(comm: Comm, options: Train, console: Console) -> None:
         linear.use("onednn" if options.linear == "onednn" else "torch")
         return
     suited = set(collect(comm, linear.suits_maker()))
-    first, second = linear.LIBRARIES if suited == {linear.LIBRARIES[0]} else linear.LIBRARIES[::-1]
+    taken, left = linear.LIBRARIES if suited == {linear.LIBRARIES[0]} else linear.LIBRARIES[::-1]
     everyone = collect(comm, linear.time_libraries())
-    gain = sum(times[first] for times in everyone) / sum(times[second] for times in everyone)
-    linear.use(second if gain > WORTHWHILE and not options.reproducible else first)
-    console.say("linear", f"fp32 products by {NAMES[linear.in_use()]}; {NAMES[second]} is {gain:.2f} times as fast")
+    seconds = {library: sum(times[library] for times in everyone) for library in linear.LIBRARIES}
+    if seconds[taken] > WORTHWHILE * seconds[left] and not options.reproducible:
+        taken, left = left, taken
+    linear.use(taken)
+    gain = seconds[left] / seconds[taken]
+    console.say("linear", f"fp32 products by {linear.NAMES[taken]}, {gain:.2f} times as fast as {linear.NAMES[left]}")
 
 
 def _choose_mesh(

@@ -31,14 +31,14 @@ class Trained:
 
     Attributes:
         trained_on: `data` and `shards` of its config.json.
-        precision: of its training.
+        numerics: `precision` and `matmul_precision` of its training.
     """
 
     directory: Path
     manifest: Manifest
     problem: Problem
     trained_on: dict[str, str]
-    precision: str
+    numerics: dict[str, str]
 
 
 def open_checkpoint(comm: Comm, place: Path, console: Console) -> Trained:
@@ -66,7 +66,9 @@ def _understand(directory: Path, manifest: Manifest, config: str, tokenizer: str
         described = json.loads(config)
         problem = Problem.from_documents(described["problem"], tokenizer)
         trained_on = {name: described[name] for name in ("data", "shards")}
-        return Trained(directory, manifest, problem, trained_on, described["config"]["train"]["precision"])
+        train = described["config"]["train"]
+        numerics = {name: train[name] for name in ("precision", "matmul_precision")}
+        return Trained(directory, manifest, problem, trained_on, numerics)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{directory}/config.json: cannot be used: {error!r}") from None
 
@@ -88,12 +90,12 @@ def restore_stage(comm: Comm, config: Config, trained: Trained, console: Console
     Collective. fp16, which is for GPUs, becomes fp32 where there are none.
     """
     problem = trained.problem
-    if "precision" not in config.train.model_fields_set:
-        alike = trained.precision != "fp16" or choose_device(comm, config.train.device).type == "cuda"
-        train = config.train.model_copy(update={"precision": trained.precision if alike else "fp32"})
-        config = config.model_copy(update={"train": train})
+    numerics = {name: value for name, value in trained.numerics.items() if name not in config.train.model_fields_set}
+    if numerics.get("precision") == "fp16" and choose_device(comm, config.train.device).type == "cpu":
+        numerics["precision"] = "fp32"
+    config = config.model_copy(update={"train": config.train.model_copy(update=numerics)})
     place = find_place(comm, config, problem, console, pipe=1)
-    console.say("computes", f"in {config.train.precision}; trained in {trained.precision}")
+    console.say("computes", f"in {config.train.precision}; trained in {trained.numerics['precision']}")
     stage = BertStage(problem.card, len(problem.label_names), *place.blocks)
     names = [name for name, _ in stage.named_parameters()]
     load_weights(stage, restore_weights(place.mesh.world, trained, names))

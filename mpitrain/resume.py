@@ -12,7 +12,7 @@ from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed, find_che
 from mpitrain.checkpoint.save import forget_after, retain, save
 from mpitrain.errors import UsageError
 from mpitrain.model import linear
-from mpitrain.place import NAMES
+from mpitrain.place import multiplies_by_library
 from mpitrain.run import Run
 from mpitrain.runtime.agree import any_rank, attempt_at_root, share, together
 
@@ -102,15 +102,19 @@ def _refuse_foreign_checkpoints(run: Run, resumed: Path | None) -> None:
 
 
 def take_up_library(run: Run, place: Path) -> None:
-    """Compute by the library of the run before, for the same bits, where it is left to us and is here (collective)."""
-    then = attempt_at_root(run.world, f"reading {place}", lambda: _described(place)).get("linear", linear.in_use())
-    if (
-        run.config.train.linear == "auto"
-        and then != linear.in_use()
-        and not any_rank(run.world, not linear.has_onednn())
-    ):
-        linear.use(then)
-        run.console.say("linear", f"fp32 products by {NAMES[then]}, as before")
+    """Multiply by the library of the run before, for the same bits, where it matters and is left to us (collective)."""
+    then = attempt_at_root(run.world, f"reading {place}", lambda: _described(place)).get("linear")
+    if not _uses_library(run) or run.config.train.linear != "auto" or then in (None, linear.in_use()):
+        return
+    if then == "onednn" and any_rank(run.world, not linear.has_onednn()):
+        run.console.warn(f"{place}: fp32 products were made by oneDNN, which torch comes without here")
+        return
+    linear.use(then)
+    run.console.say("linear", f"fp32 products by {linear.NAMES[then]}, as before")
+
+
+def _uses_library(run: Run) -> bool:
+    return multiplies_by_library(run.place.transport.device, run.config.train)
 
 
 def fill_residuals(run: Run, place: Path, manifest: Manifest) -> None:
@@ -202,7 +206,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "stages": [list(stage) for stage in run.place.stages],
         },
         "exchange": run.stepper.exchange.name,
-        "linear": linear.in_use(),
+        "linear": linear.in_use() if _uses_library(run) else None,
         "data": str(Path(run.config.data).resolve()) if Path(run.config.data).exists() else run.config.data,
         "shards": str(Path(run.problem.directory or "").resolve()),
         "num_steps": run.num_steps,

@@ -37,7 +37,7 @@ class StepResult:
         grad_norm: global norm before clipping.
         updated: False if a gradient was not finite and all ranks skipped the update together.
         stop: some rank was asked to stop.
-        seconds: of this rank, by part of the step.
+        seconds: of this rank, by part of the step; `gather` is a part of `update`, `reduce_hidden` ran beside others.
         wire_errors: by stage and bucket, the norm of all rounding errors on the wire by that of the sum; empty if
             nothing is rounded; NaN where sums are not finite.
     """
@@ -79,6 +79,7 @@ class Stepper:
         self.loss_scale = LossScale(options.precision)
         self.num_updates = 0
         self.skipped_in_a_row = 0
+        self._seconds_gathering = 0.0
 
     def run(self, plan: StepPlan, micro_batches: Sequence[MicroBatch], stop: bool) -> StepResult:
         """Train on this replica's micro-batches of `plan` (collective over the mesh)."""
@@ -108,6 +109,7 @@ class Stepper:
             "reduce": reduced - computed,
             "reduce_hidden": max(0.0, self.reducer.seconds - (reduced - computed)),
             "update": time.perf_counter() - reduced,
+            "gather": self._seconds_gathering,
         }
         return StepResult(loss, grad_norm, learning_rate, updated, stop, seconds, wire_errors)
 
@@ -141,7 +143,9 @@ class Stepper:
         limit = self.options.max_grad_norm
         clip = limit / grad_norm if limit is not None and grad_norm > limit else 1.0
         self.optimizer.step(learning_rate, clip / self.loss_scale.value)
+        began = time.perf_counter()
         self.exchange.spread()
+        self._seconds_gathering = time.perf_counter() - began
 
     def close(self) -> None:
         """End the reducer's thread and give the exchange's memory back; the model is empty after this (collective)."""

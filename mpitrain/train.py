@@ -87,10 +87,8 @@ def run_steps(run: Run) -> str:
             run.progress.step = plan.step + 1
             run.scores.clear()
             record_step(run, plan, result, time.perf_counter() - began, seconds | result.seconds)
-            if run.progress.step == first:
-                run.console.say(
-                    "start", f"{seconds_since_start():.1f} s from the program's start to the first step's end"
-                )
+            if run.progress.step == first and (waited := seconds_since_start()) is not None:
+                run.console.say("start", f"{waited:.1f} s from this program's start to the end of a step")
             refuse_to_go_on_without_updates(run)
             if result.stop:
                 return str(next(names[0] for names in collect(run.world, run.stop.signals) if names))
@@ -118,10 +116,11 @@ def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, pa
         "tokens": plan.num_tokens,
         "seconds": seconds,
         "tokens_per_second": plan.num_tokens / seconds,
-        "imbalance": plan.imbalance(run.place.mesh.num_replicas, reproducible=run.config.train.reproducible),
         **parts,
     }
     if run.world.rank == 0:
+        num_replicas, reproducible = run.place.mesh.num_replicas, run.config.train.reproducible
+        metrics["imbalance"] = plan.imbalance(num_replicas, reproducible=reproducible)
         # JSON has no NaN and no infinity.
         finite: dict[str, Any] = {key: None if not math.isfinite(value) else value for key, value in metrics.items()}
         if result.wire_errors:

@@ -12,7 +12,6 @@ from mpitrain.observe.console import Console
 from mpitrain.runtime.agree import collect
 
 pytestmark = pytest.mark.mpi(min_size=1)
-SILENT = Console(False)
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +21,20 @@ def _library_of_others():
     linear.use(before)
 
 
+class Listening(Console):
+    """Keeps what is said."""
+
+    said = ""
+
+    def say(self, topic: str, text: str) -> None:
+        self.said = text
+
+
 def chosen(comm, **options) -> str:
-    place.choose_library(comm, Train(**options), SILENT)
+    console = Listening(False)
+    place.choose_library(comm, Train(**options), console)
     [library] = set(collect(comm, linear.in_use()))
+    assert console.said.startswith(f"fp32 products by {linear.NAMES[library]}, ") or not console.said
     return library
 
 
@@ -45,11 +55,12 @@ def test_what_suits_the_maker_is_taken_unless_it_is_much_slower_on_all_ranks_tog
 
 def test_a_small_difference_decides_nothing(comm, monkeypatch):
     monkeypatch.setattr(linear, "suits_maker", lambda: "torch")
-    monkeypatch.setattr(linear, "time_libraries", lambda: {"onednn": 1.0, "torch": 1.2})
+    monkeypatch.setattr(linear, "time_libraries", lambda: {"onednn": 1.0, "torch": 1.4})
     assert chosen(comm) == "torch"
 
 
 def test_where_one_rank_has_no_onednn_all_leave_it(comm, monkeypatch):
+    linear.use("onednn")
     monkeypatch.setattr(linear, "has_onednn", lambda: comm.rank != comm.size - 1)
     assert chosen(comm) == "torch"
     with pytest.raises(UsageError, match="torch would work"):

@@ -33,7 +33,7 @@ from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.files import user_path
 from mpitrain.observe.console import Console
 from mpitrain.runtime.agree import Comm, collect, share, together
-from mpitrain.runtime.device import share_cores
+from mpitrain.runtime.device import place_on_node, share_cores
 
 WARM_UP = 3
 SHORT, MOST_CALLS = 1 << 22, 16  # bytes that a turn sums, though in several calls, as a training step does with buckets
@@ -79,7 +79,7 @@ def bench_allreduce(comm: Comm, console: Console, *, sizes: Sequence[int], repea
     cores = share_cores(comm, None)
     facts = describe_machine(comm, cores.num_threads) | {"repeats": repeats, "warm_up": WARM_UP}
     console.say("bench", f"{comm.size} rank(s) on {facts['cores']} cores, {facts['mpi']}, {repeats} turns each")
-    transport = Transport(patient=cores.crowded, one_host=_num_hosts(comm) == 1)
+    transport = Transport(patient=cores.crowded, one_host=place_on_node(comm)[1] == comm.size)
     rows: list[Row] = []
     with _gloo(comm, console):
         for dtype in DTYPES:

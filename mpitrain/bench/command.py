@@ -44,7 +44,7 @@ def _counts(text: str) -> list[int]:
 
 def run(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
     """Time what was asked for (collective)."""
-    for flag in FLAGS - OWN[options.what] - {"--repeats"}:
+    for flag in sorted(FLAGS - OWN[options.what] - {"--repeats"}):
         if getattr(options, flag.removeprefix("--").replace("-", "_")):
             raise on_all_ranks(UsageError(f"{flag} is no flag of bench {options.what}"))
     turns = {"lengths": options.lengths, "repeats": options.repeats, "steps": options.steps or 1}

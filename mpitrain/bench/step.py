@@ -192,7 +192,8 @@ def table_of(turns: list[Turn], steps: int) -> Table:
     lower, median, upper = np.percentile([turn.seconds / steps for turn in turns], [25, 50, 75]) * 1e3
     table.add_row("step", f"{median:,.1f}")
     for name in turns[0].parts:
-        label = "  reduce_hidden (meanwhile)" if name == "reduce_hidden" else f"  {name}"
+        note = {"reduce_hidden": " (meanwhile)", "gather": " (of update)"}.get(name, "")
+        label = f"  {name}{note}"
         table.add_row(label, f"{1e3 * np.median([turn.parts[name] / steps for turn in turns]):,.1f}")
     rate = np.median([turn.tokens / turn.seconds for turn in turns])
     spread = f"; half the distance of the quartiles {(upper - lower) / median / 2:.1%}" if len(turns) > 1 else ""

@@ -24,6 +24,7 @@ from mpitrain.comm.node import NodeExchange
 from mpitrain.comm.window import Layout
 from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.runtime.agree import Comm, collect
+from mpitrain.runtime.device import place_on_node
 
 SHARED_MEMORY = Path("/dev/shm")  # where MPICH and Open MPI keep windows
 ALONE = "no two replicas on one node"
@@ -85,15 +86,8 @@ def choose_exchange(
         if algorithm == "node":
             raise on_all_ranks(UsageError(f"--comm.algorithm node: {obstacle}; auto or ring would work"))
         why += f" ({obstacle})"
-    transport = replace(transport, one_host=_share_memory(data_axis))
+    transport = replace(transport, one_host=place_on_node(data_axis)[1] == data_axis.size)
     return MessageExchange(data_axis, transport, buckets, dtype, **wires), why
-
-
-def _share_memory(comm: Comm) -> bool:
-    node = Comm(comm.Split_type(MPI.COMM_TYPE_SHARED))
-    together = node.size == comm.size
-    node.Free()
-    return together
 
 
 def _planned(collective: Callable[[Comm, torch.Tensor, Transport], None]) -> Callable[..., Callable[[], None]]:

@@ -127,9 +127,8 @@ class NodeExchange(Exchange):
         for summed, *others in self._shares[number].chunks:
             for other in others:
                 summed += other
-            if (
-                norms is not None
-            ):  # these sums are final, and still in the core's cache: who clips need not read them again
+            # These sums are final, and still in the core's cache: who clips need not read them again.
+            if norms is not None:
                 norms.append(torch.linalg.vector_norm(summed))
         self.buckets[number].squares = None if norms is None else sum_of_squares(norms)
         self._sums[number]()
@@ -154,7 +153,7 @@ class NodeExchange(Exchange):
             summed.index_add_(0, theirs, other.view(shape).index_select(0, theirs))
             blocks.append(theirs)
         touched = torch.unique(torch.cat(blocks))
-        if self._alone:
+        if self._alone and self.wants_squares:
             bucket.squares = sum_of_squares([torch.linalg.vector_norm(summed.index_select(0, touched))])
         arrived = rows.reduce_scatter(
             self._partners, share.summed, touched, self.reducing, self._wires[number], self._sums[number]

@@ -87,7 +87,8 @@ class ReduceScatter:
             landing: buffers to share with others that are never called at the same time.
         """
         self._flat, self._wire = flat, wire
-        whole = comm.size == 2 and transport.one_host and not transport.staged
+        on_cores = transport.one_host and transport.device.type == "cpu" and not transport.staged
+        whole = comm.size == 2 and on_cores
         chunks = _cut(comm, flat, whole=whole, crowded=transport.patient)
         # What leaves whole has arrived as soon as it has left; who added meanwhile would keep the other waiting.
         self._leaves_first = whole and max(map(len, chunks)) == 1

@@ -270,8 +270,8 @@ def token_loss(logits: Tensor, labels: Tensor, num_labelled: int) -> Tensor:
     """A micro-batch's share of the batch's mean cross entropy; shares add up to the mean.
 
     Args:
-        logits: [num_tokens, num_labels], any floating dtype.
-        labels: int64 [num_tokens], -100 where there is none.
+        logits: [num_wanted, num_labels], any floating dtype.
+        labels: int64 [num_wanted], -100 where there is none.
         num_labelled: labelled tokens in the whole batch.
 
     Returns:

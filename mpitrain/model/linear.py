@@ -3,7 +3,7 @@
 In fp32 torch asks MKL, which takes its AVX2 path on processors that are not Intel's; oneDNN takes AVX-512 wherever it
 is there, and is up to twice as fast (measured on AMD Zen 5: 100 against 210 GFLOP/s on one thread). A process takes one
 of them (`use`): that which suits the processor's maker, unless a short check at start finds the other much faster. A
-mere race would give other bits from run to run.
+mere race would give other bits from run to run; who resumes a run takes its library, whatever the check finds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - its customary name
 
 Library = Literal["onednn", "torch"]
 LIBRARIES: tuple[Library, Library] = ("onednn", "torch")
+NAMES = {"onednn": "oneDNN", "torch": "torch's choice of library"}
 SIZES = (256, 512, 1024)  # of the products that are timed: rows, inputs, outputs
 ROUNDS = 8
 _library: Library = "torch"  # of this process
@@ -51,7 +52,10 @@ def suits_maker() -> Library:
 
 
 def time_libraries() -> dict[Library, float]:
-    """Seconds of a fp32 product by each library, the best of some that take turns; some 30 ms in all."""
+    """Processor seconds of a fp32 product by each library, the best of some that take turns; some 30 ms in all.
+
+    Not seconds on the wall: other ranks may be on the same cores.
+    """
     before = in_use()
     rows, inputs, outputs = SIZES
     x, weight, bias = torch.ones(rows, inputs), torch.ones(outputs, inputs), torch.ones(outputs)
@@ -59,10 +63,10 @@ def time_libraries() -> dict[Library, float]:
     for number in range(1 + ROUNDS):
         for library in LIBRARIES:
             use(library)
-            began = time.perf_counter()
+            began = time.process_time()
             product(x, weight, bias)
             if number:  # the first time, oneDNN compiles
-                best[library] = min(best[library], time.perf_counter() - began)
+                best[library] = min(best[library], time.process_time() - began)
     use(before)
     return best
 

@@ -28,7 +28,7 @@ class MicroBatch:
     """What a stage knows of one micro-batch.
 
     Attributes:
-        layout: lengths of its packed sequences.
+        layout: lengths of its packed sequences, and which tokens are wanted.
         tokens: int64 [num_tokens], on the first stage.
         labels: int64 [num_wanted], -100 where ignored, on the last stage.
         dropout: keyed random numbers, None in evaluation.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 from mpi4py import MPI
@@ -41,7 +42,7 @@ def keep_freed_memory() -> None:
     with suppress(OSError, AttributeError):  # not in other C libraries
         libc = ctypes.CDLL(None)  # see mallopt(3)
         libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def place_on_node(comm: Comm) -> tuple[int, int]:
@@ -78,7 +79,8 @@ def share_cores(comm: Comm, threads: int | None) -> Cores:
     node = Comm(comm.Split_type(MPI.COMM_TYPE_SHARED))
     masks = collect(node, sorted(os.sched_getaffinity(0)))
     mine = masks[node.rank]
-    share = sum(Fraction(1, sum(core in mask for mask in masks)) for core in mine)
+    held = Counter(chain(*masks))
+    share = sum(Fraction(1, held[core]) for core in mine)
     node.Free()
     told = os.environ.get("OMP_NUM_THREADS", "")  # job scripts say it there
     num_threads = threads or (int(told) if told.isdigit() and int(told) else max(1, int(share)))
@@ -86,7 +88,7 @@ def share_cores(comm: Comm, threads: int | None) -> Cores:
     excess = sum(collect(comm, num_threads > max(1, share)))
     binding = f"on core(s) {_ranges(mine)} of {os.cpu_count()}"
     binding += "" if masks.count(mine) == len(masks) else ", others on others"
-    return Cores(num_threads, any_rank(comm, share < 1), excess, binding)
+    return Cores(num_threads, any_rank(comm, len(masks) > len(held)), excess, binding)
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import ctypes
 import fcntl
-import math
 import os
 import signal
 import stat
@@ -98,12 +97,12 @@ def nap_precisely() -> None:
         ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
 
 
-def seconds_since_start() -> float:
-    """Since this process was started, imports and MPI's start included (proc(5)); NaN where that is not told."""
+def seconds_since_start() -> float | None:
+    """Since this process was started, imports and MPI's start included (proc(5)); None where that is not told."""
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
-        return math.nan
+        return None
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 

@@ -71,6 +71,7 @@ def test_minus_zero_and_denormals_survive(comm):
 @pytest.mark.parametrize("segment", [1, 7, 100])
 def test_chunks_of_many_segments_are_summed_and_gathered_in_order(comm, monkeypatch, segment, wire, transport):
     monkeypatch.setattr(ring, "SEGMENT", segment)
+    monkeypatch.setattr(ring, "MAX_MESSAGE", 8 * segment)
     for length in (5, 401):
         flat = torch.arange(length, dtype=torch.float32).remainder(16) + comm.rank
         ring.AllReduce(comm, flat, transport, wire)()
@@ -85,6 +86,7 @@ def test_nothing_rests_on_messages_that_mpi_buffers(comm, monkeypatch, transport
         rank, size, Irecv, Isend = comm.rank, comm.size, comm.Irecv, comm.Issend
 
     monkeypatch.setattr(ring, "SEGMENT", 64)
+    monkeypatch.setattr(ring, "MAX_MESSAGE", 512)
     flat = torch.full((1000,), comm.rank + 1.0)
     ring.AllReduce(Synchronous(), flat, transport)()
     assert torch.equal(flat, torch.full((1000,), comm.size * (comm.size + 1) / 2))

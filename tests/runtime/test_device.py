@@ -35,7 +35,7 @@ def test_ranks_share_the_cores_that_they_have_in_common(comm, monkeypatch, name)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: second if comm.rank else first)
     cores = share_cores(comm, None)
     assert cores.num_threads == torch.get_num_threads() == threads[comm.rank]
-    assert (cores.excess, cores.crowded) == (0, name == "one core for all")
+    assert (cores.excess, cores.crowded) == (0, name == "one core for all")  # a core for each, however they share
     assert share_cores(comm, 2).excess == excess
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert share_cores(comm, None).num_threads == 3
