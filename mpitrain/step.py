@@ -79,7 +79,6 @@ class Stepper:
         self.loss_scale = LossScale(options.precision)
         self.num_updates = 0
         self.skipped_in_a_row = 0
-        self._seconds_gathering = 0.0
 
     def run(self, plan: StepPlan, micro_batches: Sequence[MicroBatch], stop: bool) -> StepResult:
         """Train on this replica's micro-batches of `plan` (collective over the mesh)."""
@@ -100,8 +99,7 @@ class Stepper:
         wire_errors = self._measure_wire()
         learning_rate = learning_rate_at(plan.step, self.num_steps, self.peak_learning_rate, self.options.warmup_ratio)
         updated = math.isfinite(grad_norm) and math.isfinite(loss)
-        if updated:
-            self._update(grad_norm, learning_rate)
+        gathering = self._update(grad_norm, learning_rate) if updated else 0.0
         self._count(updated)
         seconds = {
             "forward_backward": computed - began - self.executor.seconds_waited,
@@ -109,7 +107,7 @@ class Stepper:
             "reduce": reduced - computed,
             "reduce_hidden": max(0.0, self.reducer.seconds - (reduced - computed)),
             "update": time.perf_counter() - reduced,
-            "gather": self._seconds_gathering,
+            "gather": gathering,
         }
         return StepResult(loss, grad_norm, learning_rate, updated, stop, seconds, wire_errors)
 
@@ -139,13 +137,14 @@ class Stepper:
         limbs = total(world, np.array(tree.square_limbs(gradients, scale)))
         return tree.from_limbs(limbs, scale) if world.rank == 0 else 0.0
 
-    def _update(self, grad_norm: float, learning_rate: float) -> None:
+    def _update(self, grad_norm: float, learning_rate: float) -> float:
+        """Returns the seconds in which new weights spread."""
         limit = self.options.max_grad_norm
         clip = limit / grad_norm if limit is not None and grad_norm > limit else 1.0
         self.optimizer.step(learning_rate, clip / self.loss_scale.value)
         began = time.perf_counter()
         self.exchange.spread()
-        self._seconds_gathering = time.perf_counter() - began
+        return time.perf_counter() - began
 
     def close(self) -> None:
         """End the reducer's thread and give the exchange's memory back; the model is empty after this (collective)."""

@@ -54,9 +54,8 @@ class KeyedDropout:
         if dropped == 0:
             return None
         keep = torch.empty_like(x, memory_format=torch.contiguous_format, requires_grad=False)
-        with torch.profiler.record_function("dropout"):  # NumPy's draws would be nobody's in a profile
-            # Written straight into the dtype of x: a bool mask costs ten times as much in the products with it.
-            torch.ge(self._bits(x, site), dropped - LEVELS // 2, out=keep)
+        # Written straight into the dtype of x: a bool mask costs ten times as much in the products with it.
+        torch.ge(self._bits(x, site), dropped - LEVELS // 2, out=keep)
         return keep, LEVELS / (LEVELS - dropped)
 
     def _bits(self, x: Tensor, site: int) -> Tensor:

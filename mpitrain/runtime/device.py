@@ -88,7 +88,8 @@ def share_cores(comm: Comm, threads: int | None) -> Cores:
     excess = sum(collect(comm, num_threads > max(1, share)))
     binding = f"on core(s) {_ranges(mine)} of {os.cpu_count()}"
     binding += "" if masks.count(mine) == len(masks) else ", others on others"
-    return Cores(num_threads, any_rank(comm, len(masks) > len(held)), excess, binding)
+    crowded = len(masks) > len(held) or masks.count(mine) > len(mine)
+    return Cores(num_threads, any_rank(comm, crowded), excess, binding)
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -53,6 +53,12 @@ def test_cores_are_named(comm, monkeypatch):
 
 
 @pytest.mark.mpi(min_size=3)
+def test_ranks_on_one_core_are_crowded_though_others_have_cores_to_spare(comm, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(1, 99)) if comm.rank == 0 else {0})
+    assert collect(comm, share_cores(comm, 1).crowded) == [True] * comm.size
+
+
+@pytest.mark.mpi(min_size=3)
 def test_ranks_are_crowded_everywhere_if_they_are_anywhere(comm, monkeypatch):
     """Rings cut chunks by it, and both ends must cut alike."""
     mask = {7} if comm.rank == 0 else {0}  # one core for the first rank, one for all others
