@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 
 from mpitrain.comm.buffers import MAX_MESSAGE, Transport
-from mpitrain.comm.segments import Landing, Part, open_boxes
+from mpitrain.comm.segments import Landing, Part, Swap, open_boxes
 from mpitrain.comm.wire import Wire
 from mpitrain.runtime.agree import Comm
 from mpitrain.split import aligned_part
@@ -87,27 +87,33 @@ class ReduceScatter:
             landing: buffers to share with others that are never called at the same time.
         """
         self._flat, self._wire = flat, wire
-        on_cores = transport.one_host and transport.device.type == "cpu" and not transport.staged
-        whole = comm.size == 2 and on_cores
-        chunks = _cut(comm, flat, whole=whole, crowded=transport.patient)
-        # What leaves whole has arrived as soon as it has left; who added meanwhile would keep the other waiting.
-        self._leaves_first = whole and max(map(len, chunks)) == 1
+        landing = landing or Landing()
+        self._swap = None
+        on_cores = transport.one_host and transport.device.type == "cpu"
+        if on_cores and wire is None and _may_swap(comm, flat, transport):
+            self._own, other = _halves(comm, flat)
+            self._landed = landing.buffers(len(self._own), flat.dtype, transport)[0][: len(self._own)]
+            self._swap = Swap(comm, transport, Part.of(other), Part.of(self._landed))
+            return
+        chunks = _cut(comm, flat, crowded=transport.patient)
         self._first = chunks[comm.rank - 1]
         self._targets = [part for hop in range(comm.size - 1) for part in chunks[(comm.rank - hop - 2) % comm.size]]
         self._num_forwarded = len(self._targets) - len(chunks[comm.rank])  # the own ones come last, and stay
         self._alone = comm.size == 1
         dtype = wire.dtype if wire is not None else flat.dtype
-        self._outbox, self._inbox = open_boxes(comm, transport, self._targets, dtype, landing or Landing())
+        self._outbox, self._inbox = open_boxes(comm, transport, self._targets, dtype, landing)
 
     def __call__(self) -> None:
         """Run."""
+        if self._swap:
+            self._swap()
+            self._own.add_(self._landed)
+            return
         if self._alone:
             return
         self._inbox.begin()
         for part in self._first:
             self._send(part)
-        if self._leaves_first:
-            self._outbox.wait()
         for number, part in enumerate(self._targets):
             part.tensor.add_(self._inbox.next())
             if number < self._num_forwarded:
@@ -125,8 +131,12 @@ class AllGather:
 
     def __init__(self, comm: Comm, flat: torch.Tensor, transport: Transport) -> None:
         """Lay out what a call does; arguments are as for `ReduceScatter`."""
-        whole = comm.size == 2 and not transport.staged  # nothing is forwarded or added: there is nothing to cut for
-        chunks = _cut(comm, flat, whole=whole, crowded=transport.patient)
+        self._swap = None
+        if _may_swap(comm, flat, transport):  # nothing is forwarded or added: there is nothing to cut for
+            own, other = _halves(comm, flat)
+            self._swap = Swap(comm, transport, Part.of(own), Part.of(other))
+            return
+        chunks = _cut(comm, flat, crowded=transport.patient)
         self._own = chunks[comm.rank]
         self._targets = [part for hop in range(comm.size - 1) for part in chunks[(comm.rank - hop - 1) % comm.size]]
         # The right neighbour's own chunk comes last: it has it.
@@ -136,6 +146,9 @@ class AllGather:
 
     def __call__(self) -> None:
         """Run."""
+        if self._swap:
+            self._swap()
+            return
         if self._alone:
             return
         self._inbox.begin()
@@ -148,10 +161,20 @@ class AllGather:
         self._outbox.wait()
 
 
-def _cut(comm: Comm, flat: torch.Tensor, *, whole: bool, crowded: bool) -> list[list[Part]]:
+def _may_swap(comm: Comm, flat: torch.Tensor, transport: Transport) -> bool:
+    """Whether a chunk may travel as one message each way."""
+    return comm.size == 2 and not transport.staged and flat.nbytes <= MAX_MESSAGE
+
+
+def _halves(comm: Comm, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The own chunk and the other's."""
+    own, other = (flat[slice(*aligned_part(rank, flat.numel(), 2))] for rank in (comm.rank, 1 - comm.rank))
+    return own, other
+
+
+def _cut(comm: Comm, flat: torch.Tensor, *, crowded: bool) -> list[list[Part]]:
     """Each rank's chunk in segments of equal size, the last one shorter; an empty chunk costs no message."""
     length = CROWDED_SEGMENT if crowded else SEGMENT
-    length = MAX_MESSAGE // flat.element_size() if whole else length
     if flat.dim() != 1 or not flat.is_contiguous():
         raise ValueError(f"a ring takes a flat contiguous tensor, found shape {tuple(flat.shape)}")
     bounds = [aligned_part(index, flat.numel(), comm.size) for index in range(comm.size)]

@@ -207,6 +207,24 @@ class StagedInbox(Inbox):
         self._transport.wait_until(lambda: (self._outbox.go_on(), request.Test())[1])
 
 
+class Swap:
+    """One message each way between two ranks, in few steps of Python: their memory has left the caches since the last.
+
+    Between 2 ranks of 2 cores that is a tenth of the time of 4 MiB, when other work has gone on in between.
+    """
+
+    def __init__(self, comm: Comm, transport: Transport, leaving: Part, arriving: Part) -> None:
+        """Lay it out; memory that is not `transport.staged`."""
+        self._comm, self._transport = comm, replace(transport, yielding=YIELDING)
+        self._leaving, self._arriving = leaving.message, arriving.message
+
+    def __call__(self) -> None:
+        """Return once both messages have come."""
+        comm, other = self._comm, 1 - self._comm.rank
+        self._transport.synchronize()
+        self._transport.wait([comm.Irecv(self._arriving, other, TAG), comm.Isend(self._leaving, other, TAG)])
+
+
 def open_boxes(
     comm: Comm, transport: Transport, targets: Sequence[Part], dtype: torch.dtype, landing: Landing | None = None
 ) -> tuple[Outbox, Inbox]:
