@@ -18,7 +18,7 @@ import time
 from itertools import cycle, islice
 from pathlib import Path
 
-from compare_step import BIN, HERE, RESULTS, facts
+from contest import BIN, HERE, RESULTS, facts
 
 SAMPLE = HERE.parents[1] / "data" / "sample" / "train.conll"
 

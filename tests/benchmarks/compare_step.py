@@ -2,107 +2,25 @@
 
     python tests/benchmarks/compare_step.py [--rows minilm-l6:64:2 bert-base-uncased:32:8] [--repeats 10]
 
-A row is model : global batch : ranks. The jobs take turns on one machine: they are started by mpirun and stay; who is
-not at turn is stopped by signal, so that it takes no core. Where they do not fit into memory together, they are started
-anew for every turn. Two bounds to what any program can reach with torch take part: the kernels of a step alone, and
-nothing but the matrix products of its linear layers. Memory is the proportional set size (PSS) of all ranks, read from
-outside after each turn; the largest counts.
+A row is model : global batch : ranks. The jobs take turns (contest.py); where they do not fit into memory together,
+they are started anew for every turn. Two bounds to what any program can reach with torch take part: the kernels of a
+step alone, and nothing but the matrix products of its linear layers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-from contextlib import suppress
-from dataclasses import dataclass, field
-from importlib.metadata import distributions
+from itertools import count
 from pathlib import Path
 
-HERE = Path(__file__).parent
-BIN = Path(sys.executable).parent
-RESULTS = HERE / "results"
+from contest import BIN, HERE, LENGTHS, RESULTS, Job, facts, speedup, take_turns
+
 ROWS = ["minilm-l6:64:2", "minilm-l6:64:4", "minilm-l6:64:8", "bert-base-uncased:32:2", "bert-base-uncased:32:8"]
-LENGTHS = HERE / "lengths.txt"
-
-
-@dataclass
-class Job:
-    """One contender under mpirun; stopped unless it is its turn."""
-
-    command: list[str]
-    process: subprocess.Popen[str] | None = None
-    rates: list[float] = field(default_factory=list)  # tokens per second
-    pss: int = 0
-    peak: int = 0  # resident bytes of the largest process, ever
-
-    def turn(self) -> None:
-        """Let it run one turn."""
-        if self.process is None:
-            environment = os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-            environment.pop("OMP_NUM_THREADS", None)
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
-        else:
-            self._signal(signal.SIGCONT)
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                break
-        else:
-            code, self.process = self.process.wait(), None
-            raise SystemExit(f"{' '.join(self.command)} ended with code {code}")
-        result = json.loads(line)
-        self.rates.append(result["tokens"] / result["seconds"])
-        below = [self.process.pid, *descendants(self.process.pid)]
-        self.pss = max(self.pss, sum(map(pss_of, below[1:])))
-        self.peak = max(self.peak, *map(peak_of, below))
-        self._signal(signal.SIGSTOP)
-
-    def end(self) -> None:
-        """Take it away."""
-        if self.process is not None:
-            for pid in [*descendants(self.process.pid), self.process.pid]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-    def _signal(self, number: int) -> None:
-        # mpirun itself goes on; a program without mpirun is its own only process.
-        for pid in descendants(self.process.pid) or [self.process.pid]:
-            os.kill(pid, number)
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes below this one, whatever sessions they made."""
-    children = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-    return [*children, *(below for child in children for below in descendants(child))]
-
-
-def pss_of(pid: int) -> int:
-    """Bytes of a process's memory, shared pages divided by how many share them."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
-
-
-def peak_of(pid: int) -> int:
-    """The most bytes that a process ever had resident."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
-
-
-def available_memory() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
 
 
 def contenders(row: str, options: argparse.Namespace, folder: Path, number: int) -> dict[str, Job]:
@@ -124,44 +42,24 @@ def contenders(row: str, options: argparse.Namespace, folder: Path, number: int)
 
 def compare(row: str, options: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Medians over turns in turn."""
-    jobs = contenders(row, options, folder, 0)
-    try:
-        for number in range(options.repeats):
-            for name in list(jobs) if number % 2 else reversed(list(jobs)):
-                jobs[name].turn()
-                if row in options.apart:
-                    jobs[name].end()
-                    fresh = contenders(row, options, folder, number + 1)[name]
-                    jobs[name].command = fresh.command
-    finally:
-        for job in jobs.values():
-            job.end()
+    jobs, numbers = contenders(row, options, folder, 0), count(1)
+
+    def begin_anew(name: str) -> None:
+        jobs[name].end()
+        jobs[name].command = contenders(row, options, folder, next(numbers))[name].command
+
+    take_turns(jobs, options.repeats, begin_anew if row in options.apart else lambda name: None)
     ours, peer = jobs["mpitrain"], jobs["ddp_gloo"]
-    ratios = [a / b for a, b in zip(ours.rates, peer.rates, strict=True)]
+    times, *between = speedup(ours, peer)
     return {
         "row": row,
         "tokens_per_second": {name: statistics.median(job.rates) for name, job in jobs.items()},
-        "speedup": statistics.median(ours.rates) / statistics.median(peer.rates),
-        "speedup_range": [min(ratios), max(ratios)],
-        "bounds": {
-            name: statistics.median(jobs[name].rates) / statistics.median(peer.rates)
-            for name in ("kernels", "products")
-        },
+        "speedup": times,
+        "speedup_range": between,
+        "bounds": {name: speedup(jobs[name], peer)[0] for name in ("kernels", "products")},
         "pss": {name: job.pss for name, job in jobs.items()},
         "pss_ratio": ours.pss / peer.pss,
         "command": {name: " ".join(job.command[1:]) for name, job in jobs.items()},
-    }
-
-
-def facts() -> dict[str, object]:
-    """Machine, versions, command."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    packages = {"mpitrain", "torch", "transformers", "mpi4py", "mpich", "openmpi"}
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "cpu": next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {each.name: each.version for each in distributions() if each.name in packages},
     }
 
 

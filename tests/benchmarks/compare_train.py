@@ -2,7 +2,7 @@
 
     python tests/benchmarks/compare_train.py [--rows padded bucketed] [--repeats 11]
 
-Contenders take turns as in compare_step.py. Ours is there as one rank with all cores and as a rank for each core.
+Contenders take turns (contest.py). Ours is there as one rank with all cores and as a rank for each core.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from compare_step import BIN, HERE, LENGTHS, RESULTS, Job, facts
+from contest import BIN, HERE, LENGTHS, RESULTS, Job, facts, speedup, take_turns
 
 RANKS = sorted({1, len(os.sched_getaffinity(0))})
 BATCH_OF_4096 = 132  # sequences that have about so many tokens
@@ -54,30 +54,24 @@ def contenders(row: str, options: argparse.Namespace) -> dict[str, Job]:
 def compare(row: str, options: argparse.Namespace) -> list[dict[str, object]]:
     """Medians over turns in turn."""
     jobs = contenders(row, options)
-    try:
-        for number in range(options.repeats):
-            for name in list(jobs) if number % 2 else reversed(list(jobs)):
-                jobs[name].turn()
-    finally:
-        for job in jobs.values():
-            job.end()
+    take_turns(jobs, options.repeats)
     *_, peer = jobs.values()
     found = []
     for name, job in jobs.items():
-        ratios = sorted(a / b for a, b in zip(job.rates, peer.rates, strict=True))
+        times, least, greatest = speedup(job, peer)
         line = {
             "row": row,
             "name": name,
             "tokens_per_second": statistics.median(job.rates),
-            "times": statistics.median(job.rates) / statistics.median(peer.rates),
-            "range": [ratios[0], ratios[-1]],
+            "times": times,
+            "range": [least, greatest],
             "peak_memory": job.peak,
             "command": " ".join(job.command),
         }
         found.append(line)
         print(
-            f"{row:<15}{name:<18}{line['tokens_per_second']:>8,.0f} tokens/s {line['times']:>6.2f} times "
-            f"({ratios[0]:.2f} to {ratios[-1]:.2f})  {job.peak / 2**30:.2f} GiB",
+            f"{row:<15}{name:<18}{line['tokens_per_second']:>8,.0f} tokens/s {times:>6.2f} times "
+            f"({least:.2f} to {greatest:.2f})  {job.peak / 2**30:.2f} GiB",
             flush=True,
         )
     return found
