@@ -46,6 +46,7 @@ bench: $(VENV)/.installed-dev  ## all-reduce, training, tagging beside others', 
 	    --train.precision bf16 --lengths tests/benchmarks/lengths.txt --steps 2 --out $(RESULTS)/$$model || exit; done
 	$(BIN)/python tests/benchmarks/compare_step.py --out $(RESULTS)
 	$(BIN)/python tests/benchmarks/compare_train.py --out $(RESULTS)
+	$(BIN)/python tests/benchmarks/compare_pipeline.py --out $(RESULTS)
 	$(BIN)/python tests/benchmarks/compare_predict.py --out $(RESULTS)
 	if $(BIN)/python tests/support/hosts.py; then $(BIN)/python tests/benchmarks/network.py --out $(RESULTS); fi
 
