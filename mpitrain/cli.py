@@ -28,9 +28,10 @@ COMMANDS = {
     "predict": "tag a file, or standard input, with a checkpoint",
     "export": "write a checkpoint as a directory that transformers loads",
     "inspect": "show what is in a shard directory or a checkpoint",
+    "plan": "show what each stage would hold, and the schedule of the pipeline",
     "bench": "time our all-reduce beside MPI's own and gloo's, training steps, or their parts",
 }
-OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", *bench.FLAGS}
+OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", "--ranks", "--show-schedule", *bench.FLAGS}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,6 +54,11 @@ def command_parser(command: str) -> _Parser:
         parser.add_argument("input", metavar="INPUT", help="CoNLL or plain text (one sentence a line); - is stdin")
         parser.add_argument("--format", choices=["auto", "conll", "text"], default="auto", help="of the input")
         parser.add_argument("--to", choices=["conll", "jsonl"], default="conll", help="of the output")
+    if command == "plan":
+        parser.add_argument(
+            "--ranks", type=bench.count, metavar="N", help="of the job; those that are here if not given"
+        )
+        parser.add_argument("--show-schedule", action="store_true", help="draw it; with --out also as PNG and SVG")
     if command == "bench":
         bench.add_arguments(parser)
     return parser
@@ -230,6 +236,13 @@ def _inspect(world: Any, options: argparse.Namespace, settings: Config, console:
     return ExitCode.DONE
 
 
+def _plan(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
+    from mpitrain.plan import plan
+
+    plan(world, settings, console, num_ranks=options.ranks or world.size, show_schedule=options.show_schedule)
+    return ExitCode.DONE
+
+
 def show(world: Any, console: Console, place: Path) -> None:
     """What is in a directory, on rank 0 (collective); damage is an error after what there is was shown."""
     from mpitrain.describe import describe
@@ -256,5 +269,6 @@ HANDLERS: dict[str, Handler] = {
     "predict": _predict,
     "export": _export,
     "inspect": _inspect,
+    "plan": _plan,
     "bench": bench.run,
 }

@@ -18,10 +18,9 @@ from mpitrain.dataset.sequences import Sequences
 from mpitrain.files import replace_file, user_path
 from mpitrain.metrics import Counts, is_plain, report
 from mpitrain.model.attention import PackedLayout
-from mpitrain.model.bert import token_loss
+from mpitrain.model.bert import BertStage, token_loss
 from mpitrain.observe.console import Console, score_table
 from mpitrain.pipeline.executor import Executor, MicroBatch
-from mpitrain.pipeline.schedule import program
 from mpitrain.place import Place
 from mpitrain.problem import Problem, find_data
 from mpitrain.restore import open_checkpoint, restore_stage
@@ -35,21 +34,20 @@ MICRO_BATCHES_AT_ONCE = 8  # bounds what a stage holds between its instructions
 def infer(
     executor: Executor, mesh: Mesh, plan: Sequence[Indices], split: Sequences, device: torch.device
 ) -> Iterator[tuple[Indices, torch.Tensor]]:
-    """(sequences, logits [num_words, num_labels]) of this replica's share of a plan; nothing but on its last stage.
+    """(sequences, logits [num_words, num_labels]) of this replica's share of a plan, on the stage that has the head.
 
     Collective over the pipe axis, so every stage must exhaust it.
     """
     mine = plan[mesh.replica :: mesh.num_replicas]
     for start in range(0, len(mine), MICRO_BATCHES_AT_ONCE):
         part = mine[start : start + MICRO_BATCHES_AT_ONCE]
-        batches = [load_inference(split, sequences, mesh, device) for sequences in part]
-        forward = program("1f1b", mesh.stage, mesh.num_stages, len(part), train=False)
-        yield from zip(part, executor.infer(forward, batches), strict=False)
+        batches = [load_inference(split, sequences, executor.stage, device) for sequences in part]
+        yield from zip(part, executor.infer(batches), strict=False)
 
 
-def load_inference(split: Sequences, sequences: Indices, mesh: Mesh, device: torch.device) -> MicroBatch:
+def load_inference(split: Sequences, sequences: Indices, stage: BertStage, device: torch.device) -> MicroBatch:
     """A micro-batch without labels and dropout, of whose tokens those are wanted that words begin with."""
-    tokens = torch.from_numpy(split.read("tokens", sequences)).to(device) if mesh.is_first else None
+    tokens = torch.from_numpy(split.read("tokens", sequences)).to(device) if stage.has_embeddings else None
     words = np.flatnonzero(split.read("word_starts", sequences) == 1)
     return MicroBatch(PackedLayout(split.index.lengths[sequences], device, words), tokens)
 
@@ -66,7 +64,7 @@ def evaluate(
         predicted = logits.argmax(dim=-1).cpu().numpy()
         counts.add(labels, predicted, words_per_sentence(split, sequences)[1].tolist())
         loss += float(token_loss(logits, torch.from_numpy(labels).to(logits.device), 1).double())
-    shares = collect(place.mesh.world, [counts.vector.tolist(), loss] if place.mesh.is_last else None)
+    shares = collect(place.mesh.world, [counts.vector.tolist(), loss] if executor.stage.has_head else None)
     return summarise(problem.label_names, [share for share in shares if share is not None])
 
 

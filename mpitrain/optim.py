@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from mpitrain.comm.buckets import Bucket, Piece, StateSlice, sum_of_squares
-from mpitrain.config import Train
+from mpitrain.sections import Train
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 

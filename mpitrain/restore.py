@@ -96,8 +96,8 @@ def restore_stage(comm: Comm, config: Config, trained: Trained, console: Console
     config = config.model_copy(update={"train": config.train.model_copy(update=numerics)})
     place = find_place(comm, config, problem, console, pipe=1)
     console.say("computes", f"in {config.train.precision}; trained in {trained.numerics['precision']}")
-    stage = BertStage(problem.card, len(problem.label_names), *place.blocks)
+    stage = BertStage(problem.card, len(problem.label_names), place.chunks)
     names = [name for name, _ in stage.named_parameters()]
     load_weights(stage, restore_weights(place.mesh.world, trained, names))
     stage.to(place.transport.device, DTYPES[config.train.precision])
-    return place, Executor(stage, place.mesh, place.transport, problem.card.hidden_size)
+    return place, Executor(stage, place.mesh, place.transport, place.arrangement.schedule)

@@ -100,7 +100,6 @@ def build_stepper(
         executor,
         exchange,
         ShardedAdamW(buckets, config.train),
-        schedule=config.pipeline.schedule,
         options=config.train,
         num_steps=num_steps,
         peak_learning_rate=peak,

@@ -13,7 +13,6 @@ import torch
 from mpitrain.comm import tree
 from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.reducer import GradientReducer
-from mpitrain.config import Train
 from mpitrain.dataset.batches import Indices, StepPlan, pad_lengths, wanted_tokens
 from mpitrain.dataset.sequences import Sequences
 from mpitrain.model.attention import PackedLayout
@@ -21,9 +20,9 @@ from mpitrain.model.bert import IGNORED_LABEL
 from mpitrain.model.dropout import KeyedDropout
 from mpitrain.optim import LossScale, ShardedAdamW, learning_rate_at
 from mpitrain.pipeline.executor import Executor, MicroBatch
-from mpitrain.pipeline.schedule import program
 from mpitrain.runtime.agree import collect, total
 from mpitrain.runtime.mesh import Mesh
+from mpitrain.sections import Train
 
 PAD = 0  # a token that every vocabulary has; what becomes of it has no part in the loss
 
@@ -61,7 +60,6 @@ class Stepper:
         exchange: Exchange,
         optimizer: ShardedAdamW,
         *,
-        schedule: str,
         options: Train,
         num_steps: int,
         peak_learning_rate: float,
@@ -72,7 +70,6 @@ class Stepper:
         self.exchange = exchange
         self.reducer = GradientReducer(exchange, reproducible=options.reproducible)
         self.optimizer = optimizer
-        self.schedule = schedule
         self.options = options
         self.num_steps = num_steps
         self.peak_learning_rate = peak_learning_rate
@@ -80,16 +77,29 @@ class Stepper:
         self.num_updates = 0
         self.skipped_in_a_row = 0
 
+    def load(self, plan: StepPlan, split: Sequences) -> list[MicroBatch]:
+        """This replica's share of a step, with what this stage needs of it."""
+        stage, device, loaded = self.executor.stage, self.exchange.transport.device, []
+        share = plan.share(self.mesh.replica, self.mesh.num_replicas, reproducible=self.options.reproducible)
+        for number in share:
+            sequences = plan.micro_batches[number]
+            lengths = pad_lengths(split.index.lengths[sequences])
+            num_tokens = int(lengths.sum())
+            wanted = wanted_tokens(_read(split, "word_starts", sequences, num_tokens, 0) == 1)
+            tokens = _read(split, "tokens", sequences, num_tokens, PAD) if stage.has_embeddings else None
+            labels = _read(split, "labels", sequences, num_tokens, IGNORED_LABEL)[wanted] if stage.has_head else None
+            layout, dropout = PackedLayout(lengths, device, wanted), KeyedDropout(self.options.seed, plan.step, number)
+            loaded.append(MicroBatch(layout, _tensor(tokens, device), _tensor(labels, device), dropout))
+        return loaded
+
     def run(self, plan: StepPlan, micro_batches: Sequence[MicroBatch], stop: bool) -> StepResult:
         """Train on this replica's micro-batches of `plan` (collective over the mesh)."""
         began = time.perf_counter()
-        self.reducer.start_step()
+        self.reducer.start_step(len(micro_batches))
         loss = self.executor.train(
-            program(self.schedule, self.mesh.stage, self.mesh.num_stages, len(micro_batches)),
             micro_batches,
             num_labelled=plan.num_labelled,
             loss_scale=self.loss_scale.value,
-            before_last_backward=self.reducer.arm,
             after_backward=self.reducer.end_micro_batch,
         )
         computed = time.perf_counter()
@@ -155,23 +165,6 @@ class Stepper:
         self.num_updates += updated
         self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
         self.loss_scale.update(updated)
-
-
-def load_micro_batches(
-    plan: StepPlan, split: Sequences, mesh: Mesh, device: torch.device, options: Train
-) -> list[MicroBatch]:
-    """This replica's share of a step, with what this stage needs of it."""
-    loaded = []
-    for number in plan.share(mesh.replica, mesh.num_replicas, reproducible=options.reproducible):
-        sequences = plan.micro_batches[number]
-        lengths = pad_lengths(split.index.lengths[sequences])
-        num_tokens = int(lengths.sum())
-        wanted = wanted_tokens(_read(split, "word_starts", sequences, num_tokens, 0) == 1)
-        tokens = _read(split, "tokens", sequences, num_tokens, PAD) if mesh.is_first else None
-        labels = _read(split, "labels", sequences, num_tokens, IGNORED_LABEL)[wanted] if mesh.is_last else None
-        layout, dropout = PackedLayout(lengths, device, wanted), KeyedDropout(options.seed, plan.step, number)
-        loaded.append(MicroBatch(layout, _tensor(tokens, device), _tensor(labels, device), dropout))
-    return loaded
 
 
 def _tensor(values: Indices | None, device: torch.device) -> torch.Tensor | None:

@@ -21,7 +21,7 @@ from mpitrain.resume import resume, save_checkpoint
 from mpitrain.run import Run, build
 from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.launch import StopRequest, seconds_since_start
-from mpitrain.step import StepResult, load_micro_batches
+from mpitrain.step import StepResult
 
 
 def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tuple[int, Path]:
@@ -73,10 +73,9 @@ def run_steps(run: Run) -> str:
     """Train until the last step, the end of patience or a signal; names the signal, if any (collective)."""
     if evaluation_is_due(run):  # a signal came between the last step of an epoch and its evaluation
         evaluate_dev(run)
-    split, options = run.splits["train"], run.config.train
+    split = run.splits["train"]
     plans = (run.plan.step(step) for step in range(run.progress.step, 0 if is_hopeless(run) else run.num_steps))
-    mesh, device = run.place.mesh, run.place.transport.device
-    batches = prefetch(plans, lambda plan: load_micro_batches(plan, split, mesh, device, options))
+    batches = prefetch(plans, lambda plan: run.stepper.load(plan, split))
     first = run.progress.step + 1
     run.console.start_steps(run.progress.step, run.num_steps)
     began = time.perf_counter()

@@ -165,7 +165,7 @@ def test_transformers_loads_what_export_writes_with_the_same_pieces_and_logits(t
 
     use(trained, 2, "export", "--checkpoint", "run", "--out", "exported")
     ours = open_checkpoint(MPI.COMM_SELF, trained[0] / "run", Console(False))
-    stage = BertStage(ours.problem.card, 7, 0, num_blocks(ours.problem.card))
+    stage = BertStage(ours.problem.card, 7, [(0, num_blocks(ours.problem.card))])
     load_weights(stage, restore_weights(MPI.COMM_SELF, ours, [name for name, _ in stage.named_parameters()]))
     model = AutoModelForTokenClassification.from_pretrained(trained[0] / "exported").eval()
     tokenizer = AutoTokenizer.from_pretrained(trained[0] / "exported")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mpi4py import MPI
 from seqeval.metrics import f1_score
-from small import NUM_LABELS, small_card, small_split
+from small import NUM_LABELS, small_arrangement, small_card, small_split
 
 from mpitrain import evaluate as module
 from mpitrain.comm.buffers import Transport
@@ -18,9 +18,7 @@ from mpitrain.dataset.batches import evaluation_plan
 from mpitrain.dataset.sequences import MemorySplit
 from mpitrain.evaluate import evaluate, infer, words_per_sentence
 from mpitrain.model.bert import BertStage
-from mpitrain.model.cost import block_costs
 from mpitrain.model.initial import initialize
-from mpitrain.pipeline.balance import split_blocks
 from mpitrain.pipeline.executor import Executor
 from mpitrain.place import Place
 from mpitrain.problem import Problem
@@ -53,14 +51,14 @@ def labelled_split(num_sequences: int, windows: int = 1) -> MemorySplit:
 def place_on(comm: Any, data: int, pipe: int) -> tuple[Place, Executor]:
     card = small_card()
     mesh = meshes.build(comm, data, pipe)
-    stages = split_blocks(block_costs(card, NUM_LABELS, 20.0), pipe)
-    stage = BertStage(card, NUM_LABELS, *stages[mesh.stage])
+    arrangement = small_arrangement(card, data, pipe)
+    stage = BertStage(card, NUM_LABELS, arrangement.stages[mesh.stage])
     initialize(stage, card, 0)
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter.mul_(3)  # so that random weights predict more than one label
-    place = Place(mesh, Transport(patient=True), stages)
-    return place, Executor(stage, mesh, place.transport, card.hidden_size)
+    place = Place(mesh, Transport(patient=True), arrangement)
+    return place, Executor(stage, mesh, place.transport, arrangement.schedule)
 
 
 def evaluated(comm: Any, data: int, pipe: int, split: MemorySplit) -> tuple[str, list[dict[str, Any]]]:

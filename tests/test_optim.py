@@ -12,9 +12,9 @@ from mpitrain.comm.buckets import fill_buckets
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.choice import choose_exchange
 from mpitrain.comm.reducer import GradientReducer
-from mpitrain.config import Train
 from mpitrain.optim import LossScale, ShardedAdamW, decays, learning_rate_at
 from mpitrain.runtime.agree import total
+from mpitrain.sections import Train
 
 OPTIONS = Train(weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, max_grad_norm=0.1)
 
@@ -63,8 +63,7 @@ def test_any_number_of_owners_makes_the_steps_of_torchs_adamw(comm, bucket_bytes
     optimizer = ShardedAdamW(buckets, OPTIONS)
     reducer = GradientReducer(exchange)
     for step in range(6):
-        reducer.start_step()
-        reducer.arm()
+        reducer.start_step(1)
         net(inputs_of(step, comm.rank)).backward()
         reducer.finish()
         norm = float(total(comm, torch.tensor([optimizer.squared_norm()]).double().numpy())[0]) ** 0.5

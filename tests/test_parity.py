@@ -12,6 +12,7 @@ from communicators import HOSTS
 from mpi4py import MPI
 from small import small_card, train_small
 
+from mpitrain.pipeline.schedule import SCHEDULES
 from mpitrain.runtime.agree import collect, share
 
 MESHES = {2: [(2, 1), (1, 2)], 3: [(3, 1), (1, 3)], 4: [(2, 2), (1, 4), (4, 1)], 8: [(4, 2), (2, 4)]}
@@ -56,18 +57,23 @@ def test_any_mesh_gives_the_numbers_of_one_rank(comm):
         assert_equal_runs(run, reference, 1e-5)
 
 
-def test_gpipe_gives_the_same_numbers(comm):
-    reference = one_rank(40)
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "1f1b"])
+def test_any_schedule_gives_the_same_numbers(comm, schedule):
+    card = small_card().model_copy(update={"num_hidden_layers": 7})  # for four stages of two chunks each
+    reference = one_rank(40, card=card)
     for data, pipe in meshes_of(comm):
-        if pipe > 1:
-            run = train_small(comm, data, pipe, 40, keep_weights=AT, schedule="gpipe")
+        if pipe > 1 or schedule == "zb-v":
+            run = train_small(comm, data, pipe, 40, keep_weights=AT, schedule=schedule, card=card)
             assert_equal_runs(run, reference, 1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1", "zb-v"])
 @pytest.mark.parametrize("recompute", ["attention", "block"])
-def test_what_is_computed_again_changes_no_bit(comm, recompute):
+def test_what_is_computed_again_changes_no_bit(comm, recompute, schedule):
+    card = small_card().model_copy(update={"num_hidden_layers": 7})
     for data, pipe in meshes_of(comm):
-        kept, again = (train_small(comm, data, pipe, 5, recompute=how) for how in ("none", recompute))
+        ways = [{"recompute": how, "schedule": schedule, "card": card} for how in ("none", recompute)]
+        kept, again = (train_small(comm, data, pipe, 5, **way) for way in ways)
         assert (again.losses, again.grad_norms) == (kept.losses, kept.grad_norms)
 
 

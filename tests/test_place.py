@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from mpitrain import place
-from mpitrain.config import Train
 from mpitrain.errors import UsageError
 from mpitrain.model import linear
 from mpitrain.observe.console import Console
 from mpitrain.runtime.agree import collect
+from mpitrain.sections import Train
 
 pytestmark = pytest.mark.mpi(min_size=1)
 

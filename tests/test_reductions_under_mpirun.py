@@ -47,7 +47,7 @@ exchange, _ = choose_exchange(world, world, Transport(patient=True), buckets, to
 reducer = GradientReducer(exchange)
 for step in range(2):
     world.Barrier()
-    reducer.start_step()
+    reducer.start_step(1)
     if step == 1 and world.rank == 0:
         time.sleep(60)
     if step == 1 and world.rank == 1:

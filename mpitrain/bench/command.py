@@ -25,21 +25,22 @@ SIZES = [4**power for power in range(3, 10)]  # KiB: 64 KiB to 256 MiB
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All of them; `run` refuses those that do not go with the benchmark."""
     parser.add_argument("what", choices=OWN, metavar="|".join(OWN), help="what to time")
-    parser.add_argument("--repeats", type=_count, default=21, metavar="N", help="turns (default: %(default)s)")
+    parser.add_argument("--repeats", type=count, default=21, metavar="N", help="turns (default: %(default)s)")
     parser.add_argument("--kib", type=_counts, metavar="N,N,...", help="allreduce: sizes (default: 64 to 262144)")
-    parser.add_argument("--steps", type=_count, metavar="N", help="step, train: steps in a turn")
+    parser.add_argument("--steps", type=count, metavar="N", help="step, train: steps in a turn")
     parser.add_argument("--lengths", type=Path, metavar="FILE", help="step, train: lines of a length and its frequency")
     parser.add_argument("--await-turns", action="store_true", help="step: a line of standard input starts a turn")
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A flag's whole number above 0."""
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"found {text!r}; a whole number above 0 would work")
     return int(text)
 
 
 def _counts(text: str) -> list[int]:
-    return [_count(word) for word in text.split(",")]
+    return [count(word) for word in text.split(",")]
 
 
 def run(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:

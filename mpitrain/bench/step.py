@@ -31,7 +31,6 @@ from mpitrain.place import find_place
 from mpitrain.problem import Problem
 from mpitrain.run import LEARNING_RATES, build_stepper, make_plan
 from mpitrain.runtime.agree import Comm, attempt, collect, share, together
-from mpitrain.step import load_micro_batches
 
 LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
 NUM_SEQUENCES = 6000
@@ -106,12 +105,12 @@ class Workload:
 
     def run(self, num_steps: int) -> Turn:
         """Train for so many steps more (collective)."""
-        mesh, device = self.place.mesh, self.place.transport.device
+        mesh = self.place.mesh
         mesh.world.Barrier()
         began, tokens, parts = perf_counter(), 0, []
         for plan in map(self._plan.step, islice(self._numbers, num_steps)):
             loading = perf_counter()
-            micro_batches = load_micro_batches(plan, self._split, mesh, device, self.config.train)
+            micro_batches = self.stepper.load(plan, self._split)
             seconds = {"data": perf_counter() - loading}
             parts.append(seconds | self.stepper.run(plan, micro_batches, False).seconds)
             tokens += plan.num_tokens

@@ -1,8 +1,8 @@
 """Gradients summed over the data axis, bucket by bucket, while backward still runs.
 
-Autograd hooks take every gradient into its bucket and count those of the last micro-batch; a full bucket is handed to
-a thread, which reduces it by an exchange that has a communicator of its own, so that its messages never meet the
-pipeline's. (An exchange that would gain nothing by this gets all buckets after the last micro-batch.) A ring needs
+Autograd hooks take every gradient into its bucket and count them; a bucket in which those of all micro-batches are is
+handed to a thread, which reduces it by an exchange that has a communicator of its own, so that its messages never meet
+the pipeline's. (An exchange that would gain nothing by this gets all buckets after the last micro-batch.) A ring needs
 additions between its messages, hence a thread rather than non-blocking calls alone. Every rank hands buckets over in
 the same order, whatever the order of its hooks, and a replica without micro-batches joins in with zeros.
 
@@ -29,7 +29,7 @@ class GradientReducer:
         """Watch the gradients of the buckets that the exchange has adopted."""
         self._exchange = exchange
         self._tree = TreeSum() if reproducible else None
-        self._armed = False
+        self._eager = not reproducible and exchange.overlapped
         self._missing: list[int] = []
         self._num_released = 0
         self._todo: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -42,17 +42,12 @@ class GradientReducer:
         self._thread = threading.Thread(target=self._work, name="gradient-reducer", daemon=True)
         self._thread.start()
 
-    def start_step(self) -> None:
-        """Forget the last step's gradients."""
+    def start_step(self, num_micro_batches: int) -> None:
+        """Forget the last step's gradients; each is final once so many have arrived."""
         self._begin()
-        self._missing = [len(bucket.members) for bucket in self._exchange.buckets]
+        self._missing = [len(bucket.members) * num_micro_batches for bucket in self._exchange.buckets]
         self._num_released = 0
-        self._armed = False
         self.seconds = 0.0
-
-    def arm(self) -> None:
-        """The next backward pass is the last of this step: gradients that arrive from now on are final."""
-        self._armed = self._tree is None and self._exchange.overlapped
 
     def end_micro_batch(self) -> None:
         """The gradients of a micro-batch are complete."""
@@ -83,9 +78,11 @@ class GradientReducer:
         for bucket in self._exchange.buckets:
             bucket.begin()
 
-    def _arrived(self, number: int, index: int, _: torch.Tensor) -> None:
+    def _arrived(self, number: int, index: int, parameter: torch.Tensor) -> None:
+        if parameter.grad is None:  # put off in this backward pass (`linear.postponed`)
+            return
         self._exchange.buckets[number].take(index)
-        if not self._armed:
+        if not self._eager:
             return
         self._missing[number] -= 1
         ready = self._num_released

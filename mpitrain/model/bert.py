@@ -6,7 +6,7 @@ Hugging Face gives them, so a checkpoint needs no table of translations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -166,22 +166,21 @@ class EncoderLayer(nn.Module):
 
 
 class BertStage(nn.Module):
-    """The blocks [first_block, last_block) of the `num_blocks(card)`; parameters are in forward order.
+    """Chunks of the `num_blocks(card)` blocks, each a run [first, last) of them; parameters are in forward order.
 
     What the backward pass needs is kept, or computed again from the input of each attention or block (Chen et al.,
     "Training deep nets with sublinear memory cost", 2016, section 3), as `recompute` says: none, attention or block.
     """
 
     def __init__(
-        self, card: ModelCard, num_labels: int, first_block: int, last_block: int, recompute: str = "none"
+        self, card: ModelCard, num_labels: int, chunks: Sequence[tuple[int, int]], recompute: str = "none"
     ) -> None:
         super().__init__()
-        assert 0 <= first_block < last_block <= num_blocks(card), "a stage holds at least one block"
-        self.card, self.first_block, self.last_block = card, first_block, last_block
-        self.recompute = recompute
-        self.has_embeddings = first_block == 0
-        self.has_head = last_block == num_blocks(card)
-        layers = range(max(first_block, 1), min(last_block, num_blocks(card) - 1))
+        assert all(0 <= first < last <= num_blocks(card) for first, last in chunks), "a chunk holds at least one block"
+        self.card, self.chunks, self.recompute = card, list(chunks), recompute
+        blocks = [block for first, last in chunks for block in range(first, last)]
+        self.has_embeddings, self.has_head = blocks[0] == 0, blocks[-1] == num_blocks(card) - 1
+        layers = [block for block in blocks if 1 <= block <= card.num_hidden_layers]
         self.bert = nn.Module()
         if self.has_embeddings:
             self.bert.embeddings = Embeddings(card)
@@ -192,38 +191,49 @@ class BertStage(nn.Module):
         if self.has_head:
             self.classifier = Weights(num_labels, card.hidden_size)
 
-    def forward(self, inputs: Tensor, layout: PackedLayout, dropout: KeyedDropout | None = None) -> Tensor:
-        """Carry a packed micro-batch through the stage.
+    def forward(
+        self, inputs: Tensor, layout: PackedLayout, dropout: KeyedDropout | None = None, chunk: int = 0
+    ) -> Tensor:
+        """Carry a packed micro-batch through a chunk.
 
         Args:
-            inputs: int64 tokens [num_tokens] if the stage has the embeddings, else hidden [num_rows, hidden_size]
-                where `num_rows` is that of `rows`.
+            inputs: int64 tokens [num_tokens] if the chunk begins with the embeddings, else hidden [num_rows,
+                hidden_size] where `num_rows` is that of `rows`.
             layout: of the micro-batch, on the device of the inputs.
             dropout: of this micro-batch; None in evaluation.
+            chunk: which one, of this stage's own.
 
         Returns:
-            Logits [num_wanted, num_labels] if the stage has the head, else hidden [num_rows, hidden_size].
+            Logits [num_wanted, num_labels] if the chunk ends with the head, else hidden [num_rows, hidden_size].
 
         Raises:
             DataError: a sequence is longer than the positions that the card has.
         """
         hidden = inputs
-        for block in self.blocks:
+        for block in range(*self.chunks[chunk]):
+            if block == num_blocks(self.card) - 1:
+                return self._classify(hidden, dropout)
             arguments = (hidden, layout, dropout)
-            hidden = _forget(block, *arguments) if self.recompute == "block" else block(*arguments)
-        if not self.has_head:
-            return hidden
+            run = self._block(block)
+            hidden = _forget(run, *arguments) if self.recompute == "block" else run(*arguments)
+        return hidden
+
+    def _block(self, block: int) -> nn.Module:
+        return self.bert.get_submodule("embeddings" if block == 0 else f"encoder.layer.{block - 1}")
+
+    def _classify(self, hidden: Tensor, dropout: KeyedDropout | None) -> Tensor:
         chance = self.card.classifier_dropout
         probability = self.card.hidden_dropout_prob if chance is None else chance
         hidden = _drop(hidden, dropout, probability, (num_blocks(self.card) - 1) * SITES_PER_BLOCK)
         return self.classifier.linear(hidden)
 
-    def rows(self, layout: PackedLayout) -> tuple[int, int]:
-        """Of the hidden states that enter and leave the stage: behind block L only tokens that are wanted go on."""
-        return (
-            layout.num_wanted if self.first_block > self.card.num_hidden_layers else layout.num_tokens,
-            layout.num_wanted if self.last_block > self.card.num_hidden_layers else layout.num_tokens,
+    def rows(self, layout: PackedLayout, chunk: int = 0) -> tuple[int, int]:
+        """Of the hidden states that enter and leave a chunk: behind block L only tokens that are wanted go on."""
+        entering, leaving = (
+            layout.num_wanted if border > self.card.num_hidden_layers else layout.num_tokens
+            for border in self.chunks[chunk]
         )
+        return entering, leaving
 
     @property
     def tables(self) -> list[str]:
@@ -235,12 +245,6 @@ class BertStage(nn.Module):
         """Names of matrices that are multiplied as one, and need no copy for that where they are adjacent in memory."""
         names = [name for name, _ in self.named_parameters() if name.endswith(".self.query.weight")]
         return [[name.replace(".query.", f".{each}.") for each in ("query", "key", "value")] for name in names]
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The embeddings and encoder layers that are here."""
-        embeddings = [self.bert.get_submodule("embeddings")] if self.has_embeddings else []
-        return [*embeddings, *self.bert.get_submodule("encoder.layer").children()]
 
 
 def _drop(x: Tensor, dropout: KeyedDropout | None, probability: float, site: int) -> Tensor:
@@ -262,7 +266,7 @@ def num_blocks(card: ModelCard) -> int:
 def parameter_shapes(card: ModelCard, num_labels: int) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of the whole model, in forward order; takes no memory for values."""
     with torch.device("meta"):
-        stage = BertStage(card, num_labels, 0, num_blocks(card))
+        stage = BertStage(card, num_labels, [(0, num_blocks(card))])
     return {name: tuple(parameter.shape) for name, parameter in stage.named_parameters()}
 
 

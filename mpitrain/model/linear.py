@@ -9,7 +9,8 @@ mere race would give other bits from run to run; who resumes a run takes its lib
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,6 +24,7 @@ NAMES = {"onednn": "oneDNN", "torch": "torch's choice of library"}
 SIZES = (256, 512, 1024)  # of the products that are timed: rows, inputs, outputs
 ROUNDS = 8
 _library: Library = "torch"  # of this process
+_postponed: list[Callable[[], None]] | None = None  # a matter of the process too: a GPU's backward has its own thread
 
 
 def use(library: Library) -> None:
@@ -71,6 +73,17 @@ def time_libraries() -> dict[Library, float]:
     return best
 
 
+@contextmanager
+def postponed(work: list[Callable[[], None]]) -> Iterator[None]:
+    """Put off the products for gradients of weights that come up in a backward pass: to be had by calling `work`."""
+    global _postponed
+    before, _postponed = _postponed, work
+    try:
+        yield
+    finally:
+        _postponed = before
+
+
 class _Linear(torch.autograd.Function):
     """Several linear layers with one input as one; the backward pass is two more products of the same kind."""
 
@@ -78,16 +91,25 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         count = len(parameters) // 2
         weight, bias = _stack(parameters[:count]), _stack(parameters[count:])
-        ctx.sizes = [len(each) for each in parameters[:count]]
+        ctx.parameters = parameters
         ctx.save_for_backward(x, weight)
         return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        parameters: tuple[Tensor, ...] = ctx.parameters
+        sizes = [len(each) for each in parameters[: len(parameters) // 2]]
+
+        def for_parameters() -> list[Tensor]:
+            weights, biases = product(gradient.t(), x.t()), gradient.sum(0)
+            return [*torch.split(weights, sizes), *torch.split(biases, sizes)]
+
         inputs = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
-        weights, biases = product(gradient.t(), x.t()), gradient.sum(0)
-        return inputs, *torch.split(weights, ctx.sizes), *torch.split(biases, ctx.sizes)
+        if _postponed is None:
+            return inputs, *for_parameters()
+        _postponed.append(lambda: torch.autograd.backward(parameters, for_parameters()))
+        return inputs, *[None for _ in parameters]
 
 
 _linear = cast("Callable[..., Tensor]", _Linear.apply)
@@ -121,7 +143,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """X [m, k], weight [n, k], bias [n], of one floating dtype, to [m, n]."""
-    return _linear(x, weight, bias) if _takes_onednn(x) else F.linear(x, weight, bias)
+    return _linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:

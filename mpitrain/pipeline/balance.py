@@ -10,6 +10,8 @@ from itertools import accumulate, pairwise
 
 from mpitrain.errors import UsageError
 
+EVENNESS = 1e-3  # what the longest chunk weighs by the slowest stage: enough to choose between equals
+
 
 def split_blocks(
     costs: Sequence[float], num_stages: int, speeds: Sequence[float] | None = None
@@ -57,6 +59,46 @@ def split_blocks(
     for cut in reversed(cuts):
         borders.append(cut[borders[-1]])
     return list(pairwise(reversed(borders)))
+
+
+def split_chunks(costs: Sequence[float], stages: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut the blocks into contiguous chunks, none empty, so that the slowest stage is as fast as can be.
+
+    Among equals the longest chunk is as short as can be: others wait for it to pass. Exact, by branch and bound: a
+    branch ends where it is no better than the best split so far, or where some stage would have to take too much of
+    what is left.
+
+    Args:
+        costs: time of each block, any unit, not negative; there are enough for all chunks.
+        stages: which stage holds each chunk, in the model's order.
+
+    Returns:
+        (start, stop) of each chunk in blocks.
+    """
+    before, loads = list(accumulate(costs, initial=0.0)), [0.0] * (max(stages) + 1)
+    least, best, cuts = float("inf"), [0], [0]
+
+    def cut(longest: float) -> None:
+        nonlocal best, least
+        number, start = len(cuts) - 1, cuts[-1]
+        num_after = len(stages) - number - 1
+        if num_after < 0:
+            least, best = max(loads) + EVENNESS * longest, list(cuts)
+            return
+        stage, load = stages[number], loads[stages[number]]
+        for stop in range(start + 1 if num_after else len(costs), len(costs) - num_after + 1):
+            chunk = before[stop] - before[start]
+            loads[stage] = load + chunk
+            if loads[stage] + EVENNESS * max(longest, chunk) >= least:
+                break
+            if sum(least - each for each in loads) > before[-1] - before[stop]:
+                cuts.append(stop)
+                cut(max(longest, chunk))
+                cuts.pop()
+        loads[stage] = load
+
+    cut(0.0)
+    return list(pairwise(best))
 
 
 def by_hand(layers: Sequence[int], num_layers: int) -> list[tuple[int, int]]:

@@ -1,8 +1,9 @@
 """Carry out a stage's instructions: compute, post, receive, send; the schedule decides, nothing is decided here.
 
-One tensor crosses a stage border, [num_rows, hidden_size], in a shape that both sides know from the plan: no shape
-messages. The tag is 2 x micro-batch + direction. A sent activation is waited for before its backward pass (its
-gradient can only come after it arrived), sent gradients at the end of the step.
+One tensor crosses a border between chunks, [num_rows, hidden_size], in a shape that both sides know from the plan: no
+shape messages; between chunks of one stage it is handed over. The tag is that of micro-batch, receiving chunk and
+direction. A sent activation is waited for before its backward pass (its gradient can only come after it arrived), sent
+gradients at the end of the step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -17,10 +19,12 @@ from mpitrain.comm.buffers import Parcel, Transport
 from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import BertStage, token_loss
 from mpitrain.model.dropout import KeyedDropout
-from mpitrain.pipeline.schedule import Instruction, Kind
+from mpitrain.model.linear import postponed
+from mpitrain.pipeline.messages import program
+from mpitrain.pipeline.schedule import Kind, Schedule
 from mpitrain.runtime.mesh import Mesh
 
-ACTIVATION, GRADIENT = 0, 1  # what enters a stage from the one before and from the one behind
+ACTIVATION, GRADIENT = 0, 1  # what enters a chunk from the one before and from the one behind
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class MicroBatch:
 
     Attributes:
         layout: lengths of its packed sequences, and which tokens are wanted.
-        tokens: int64 [num_tokens], on the first stage.
-        labels: int64 [num_wanted], -100 where ignored, on the last stage.
+        tokens: int64 [num_tokens], on the stage that has the embeddings.
+        labels: int64 [num_wanted], -100 where ignored, on the stage that has the head.
         dropout: keyed random numbers, None in evaluation.
     """
 
@@ -42,134 +46,173 @@ class MicroBatch:
 
 @dataclass
 class _Flight:
-    """What a stage holds of a micro-batch between its instructions."""
+    """What a stage holds of a micro-batch in one of its chunks between its instructions."""
 
     arriving: list[Parcel | None] = field(default_factory=lambda: [None, None])
     leaving: list[Parcel | None] = field(default_factory=lambda: [None, None])
     inputs: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
+    for_weights: list[Callable[[], None]] = field(default_factory=list)
+
+    def take(self, direction: int, tensor: torch.Tensor) -> None:
+        """What has come, from wherever."""
+        if direction == ACTIVATION:
+            self.inputs = tensor.requires_grad_(torch.is_grad_enabled())
+        else:
+            self.gradient = tensor
 
 
 class Executor:
     """One stage at work."""
 
-    def __init__(self, stage: BertStage, mesh: Mesh, transport: Transport, hidden_size: int) -> None:
+    def __init__(self, stage: BertStage, mesh: Mesh, transport: Transport, schedule: Schedule) -> None:
         """Run `stage` at this rank's place on the pipe axis."""
-        self._stage = stage
+        self.stage = stage
         self._mesh = mesh
         self._transport = transport
-        self._hidden_size = hidden_size
+        self._schedule = schedule
+        self._places = schedule.placement.places[mesh.stage]
         self._micro_batches: Sequence[MicroBatch] = ()
-        self._flights: list[_Flight] = []
+        self._flights: list[list[_Flight]] = []  # by chunk and micro-batch
         self._losses: list[torch.Tensor] = []
         self._num_labelled = 1
         self._loss_scale = 1.0
-        self._before_last_backward: Callable[[], None] = lambda: None
         self._after_backward: Callable[[], None] = lambda: None
         self.seconds_waited = 0.0
-        self._carry_out: dict[Kind, Callable[[int], None]] = {
-            Kind.POST_ACTIVATION: lambda m: self._post(m, ACTIVATION),
-            Kind.POST_GRADIENT: lambda m: self._post(m, GRADIENT),
-            Kind.RECEIVE_ACTIVATION: lambda m: self._receive(m, ACTIVATION),
-            Kind.RECEIVE_GRADIENT: lambda m: self._receive(m, GRADIENT),
+        self._carry_out: dict[Kind, Callable[[int, int], None]] = {
+            Kind.POST_ACTIVATION: partial(self._post, ACTIVATION),
+            Kind.POST_GRADIENT: partial(self._post, GRADIENT),
+            Kind.RECEIVE_ACTIVATION: partial(self._receive, ACTIVATION),
+            Kind.RECEIVE_GRADIENT: partial(self._receive, GRADIENT),
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
-            Kind.SEND_ACTIVATION: lambda m: self._send(m, ACTIVATION),
-            Kind.SEND_GRADIENT: lambda m: self._send(m, GRADIENT),
-            Kind.DRAIN: lambda m: self._drain(),
+            Kind.BACKWARD_INPUT: self._backward_input,
+            Kind.BACKWARD_WEIGHT: self._backward_weight,
+            Kind.SEND_ACTIVATION: partial(self._send, ACTIVATION),
+            Kind.SEND_GRADIENT: partial(self._send, GRADIENT),
+            Kind.DRAIN: lambda chunk, number: self._drain(),
         }
 
     def train(
         self,
-        program: Sequence[Instruction],
         micro_batches: Sequence[MicroBatch],
         *,
         num_labelled: int,
         loss_scale: float,
-        before_last_backward: Callable[[], None],
         after_backward: Callable[[], None],
     ) -> float:
         """Forward and backward of all micro-batches; gradients appear in `parameter.grad`.
 
         Returns:
-            This stage's share of the batch's loss: non-zero on the last stage only.
+            This stage's share of the batch's loss: zero unless it holds the head.
         """
-        self._num_labelled, self._loss_scale = num_labelled, loss_scale
-        self._before_last_backward, self._after_backward = before_last_backward, after_backward
+        self._num_labelled, self._loss_scale, self._after_backward = num_labelled, loss_scale, after_backward
         self._losses = []
-        self._run(program, micro_batches)
+        self._run(micro_batches, train=True)
         return float(torch.stack(self._losses).double().sum()) if self._losses else 0.0
 
     @torch.no_grad()
-    def infer(self, program: Sequence[Instruction], micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        """Logits [num_wanted, num_labels] of each micro-batch on the last stage, else an empty list."""
-        self._run(program, micro_batches)
-        return [flight.outputs for flight in self._flights if flight.outputs is not None] if self._mesh.is_last else []
+    def infer(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """Logits [num_wanted, num_labels] of each micro-batch if the stage holds the head, else an empty list."""
+        self._run(micro_batches, train=False)
+        flights = self._flights[-1] if self.stage.has_head else []
+        return [flight.outputs for flight in flights if flight.outputs is not None]
 
-    def _run(self, program: Sequence[Instruction], micro_batches: Sequence[MicroBatch]) -> None:
+    def _run(self, micro_batches: Sequence[MicroBatch], *, train: bool) -> None:
         self._micro_batches = micro_batches
-        self._flights = [_Flight() for _ in micro_batches]
-        self._backwards_left = sum(instruction.kind is Kind.BACKWARD for instruction in program)
+        self._flights = [[_Flight() for _ in micro_batches] for _ in self._places]
         self.seconds_waited = 0.0
-        for instruction in program:
-            self._carry_out[instruction.kind](instruction.micro_batch)
+        for instruction in program(self._schedule, self._mesh.stage, len(micro_batches), train=train):
+            self._carry_out[instruction.kind](instruction.chunk, instruction.micro_batch)
 
-    def _post(self, number: int, direction: int) -> None:
-        shape = (self._stage.rows(self._micro_batches[number].layout)[direction], self._hidden_size)
-        source = self._mesh.previous_stage if direction == ACTIVATION else self._mesh.next_stage
-        dtype = next(self._stage.parameters()).dtype
-        parcel = self._transport.post(self._mesh.pipe_axis, shape, dtype, source, 2 * number + direction)
-        self._flights[number].arriving[direction] = parcel
+    def _neighbour(self, chunk: int, direction: int, *, sending: bool) -> tuple[int, int]:
+        """(stage, chunk) that a message goes to or comes from."""
+        onward = sending == (direction == ACTIVATION)
+        found = self._schedule.placement.neighbour(self._mesh.stage, chunk, 1 if onward else -1)
+        assert found is not None
+        return found
 
-    def _receive(self, number: int, direction: int) -> None:
-        flight = self._flights[number]
+    def _tag(self, direction: int, number: int, receiving_chunk: int) -> int:
+        return 2 * (number * self._schedule.placement.num_chunks + receiving_chunk) + direction
+
+    def _post(self, direction: int, chunk: int, number: int) -> None:
+        shape = (
+            self.stage.rows(self._micro_batches[number].layout, chunk)[direction],
+            self.stage.card.hidden_size,
+        )
+        source, _ = self._neighbour(chunk, direction, sending=False)
+        dtype = next(self.stage.parameters()).dtype
+        parcel = self._transport.post(self._mesh.pipe_axis, shape, dtype, source, self._tag(direction, number, chunk))
+        self._flights[chunk][number].arriving[direction] = parcel
+
+    def _receive(self, direction: int, chunk: int, number: int) -> None:
+        flight = self._flights[chunk][number]
         began = time.perf_counter()
         parcel = flight.arriving[direction]
         assert parcel is not None
         tensor = parcel.received()
         flight.arriving[direction] = None
         self.seconds_waited += time.perf_counter() - began
-        if direction == ACTIVATION:
-            flight.inputs = tensor.requires_grad_(torch.is_grad_enabled())
-        else:
-            flight.gradient = tensor
+        flight.take(direction, tensor)
 
-    def _forward(self, number: int) -> None:
-        flight, batch = self._flights[number], self._micro_batches[number]
-        inputs = batch.tokens if self._mesh.is_first else flight.inputs
+    def _forward(self, chunk: int, number: int) -> None:
+        flight, batch, place = self._flights[chunk][number], self._micro_batches[number], self._places[chunk]
+        inputs = batch.tokens if place == 0 else flight.inputs
         assert inputs is not None
-        flight.outputs = self._stage(inputs, batch.layout, batch.dropout)
-        if self._mesh.is_last and torch.is_grad_enabled():
-            assert batch.labels is not None
-            flight.outputs = token_loss(flight.outputs, batch.labels, self._num_labelled)
-            self._losses.append(flight.outputs.detach())
+        flight.outputs = self.stage(inputs, batch.layout, batch.dropout, chunk)
+        if self._ends(chunk):
+            if torch.is_grad_enabled():
+                assert batch.labels is not None
+                flight.outputs = token_loss(flight.outputs, batch.labels, self._num_labelled)
+                self._losses.append(flight.outputs.detach())
+        else:
+            self._hand_over(ACTIVATION, chunk, number, flight.outputs)
 
-    def _backward(self, number: int) -> None:
-        flight = self._flights[number]
+    def _ends(self, chunk: int) -> bool:
+        return self._schedule.placement.neighbour(self._mesh.stage, chunk, 1) is None
+
+    def _hand_over(self, direction: int, chunk: int, number: int, tensor: torch.Tensor) -> None:
+        """To the next chunk if it is on this stage."""
+        stage, other = self._neighbour(chunk, direction, sending=True)
+        if stage == self._mesh.stage:
+            self._flights[other][number].take(direction, tensor.detach())
+
+    def _backward(self, chunk: int, number: int) -> None:
+        flight = self._flights[chunk][number]
         self._settle(flight, ACTIVATION)
-        self._backwards_left -= 1
-        if self._backwards_left == 0:
-            self._before_last_backward()
         assert flight.outputs is not None
-        outputs = flight.outputs * self._loss_scale if self._mesh.is_last else flight.outputs
+        outputs = flight.outputs * self._loss_scale if self._ends(chunk) else flight.outputs
         torch.autograd.backward(outputs, flight.gradient)
         flight.gradient = flight.inputs.grad if flight.inputs is not None else None
         flight.inputs = flight.outputs = None
+        if self._places[chunk] > 0:
+            assert flight.gradient is not None
+            self._hand_over(GRADIENT, chunk, number, flight.gradient)
         self._after_backward()
 
-    def _send(self, number: int, direction: int) -> None:
-        flight = self._flights[number]
+    def _backward_input(self, chunk: int, number: int) -> None:
+        with postponed(self._flights[chunk][number].for_weights):
+            self._backward(chunk, number)
+
+    def _backward_weight(self, chunk: int, number: int) -> None:
+        work = self._flights[chunk][number].for_weights
+        while work:
+            work.pop()()
+
+    def _send(self, direction: int, chunk: int, number: int) -> None:
+        flight = self._flights[chunk][number]
         tensor = flight.outputs if direction == ACTIVATION else flight.gradient
-        target = self._mesh.next_stage if direction == ACTIVATION else self._mesh.previous_stage
+        target, other = self._neighbour(chunk, direction, sending=True)
         assert tensor is not None
-        parcel = self._transport.send(self._mesh.pipe_axis, tensor.detach(), target, 2 * number + direction)
-        flight.leaving[direction] = parcel
+        tag = self._tag(direction, number, other)
+        flight.leaving[direction] = self._transport.send(self._mesh.pipe_axis, tensor.detach(), target, tag)
 
     def _drain(self) -> None:
-        for flight in self._flights:
-            for direction in (ACTIVATION, GRADIENT):
-                self._settle(flight, direction)
+        for flights in self._flights:
+            for flight in flights:
+                for direction in (ACTIVATION, GRADIENT):
+                    self._settle(flight, direction)
 
     def _settle(self, flight: _Flight, direction: int) -> None:
         parcel = flight.leaving[direction]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
-from mpitrain.pipeline.schedule import Instruction, Kind
+from mpitrain.pipeline.schedule import Instruction, Kind, Placement, in_turn
 
 
 class ScheduleError(ValueError):
@@ -14,7 +15,7 @@ class ScheduleError(ValueError):
 
 @dataclass(frozen=True)
 class Span:
-    """One FORWARD or BACKWARD, from `start` to `stop`, in the unit of the times given to `play`."""
+    """A piece of compute, from `start` to `stop`, in the unit of the times given to `play`."""
 
     instruction: Instruction
     start: float
@@ -25,10 +26,10 @@ class Span:
 class Proof:
     """What a schedule costs. Lists have one entry per stage; times are in the unit of the times given to `play`."""
 
-    peak_live: list[int]  # most micro-batches whose forward is done and whose backward is still to come
+    peak_live: list[int]  # most chunks of micro-batches whose forward is done and whose whole backward is not
     busy: list[float]
     makespan: float
-    spans: list[list[Span]]  # every FORWARD and BACKWARD, in order
+    spans: list[list[Span]]  # all that is computed, in order
 
     @property
     def bubble(self) -> float:
@@ -36,16 +37,36 @@ class Proof:
         return 1 - sum(self.busy) / len(self.busy) / self.makespan if self.makespan else 0.0
 
 
+@dataclass(frozen=True)
+class Times:
+    """How long a chunk's passes take, by its place in the model, or alike for all."""
+
+    forward: float | Sequence[float] = 1.0
+    backward: float | Sequence[float] = 2.0
+    weight: float | Sequence[float] = 1.0  # the part of the backward pass that is for gradients of weights
+
+    def of(self, kind: Kind, place: int) -> float:
+        """Of one FORWARD, BACKWARD, BACKWARD_INPUT or BACKWARD_WEIGHT."""
+        forward, backward, weight = (
+            each if isinstance(each, int | float) else each[place]
+            for each in (self.forward, self.backward, self.weight)
+        )
+        times = {Kind.FORWARD: forward, Kind.BACKWARD: backward, Kind.BACKWARD_WEIGHT: weight}
+        return times.get(kind, backward - weight)
+
+
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """A message's identity: the same two stages and the same direction are told apart by micro-batch (MPI's tag)."""
+    """A message's identity; the same two stages and the same direction are told apart by MPI's tag."""
 
-    receiver: int
+    stage: int  # that receives
+    chunk: int
     is_activation: bool
     micro_batch: int
 
     def __str__(self) -> str:
-        return f"{'activation' if self.is_activation else 'gradient'} {self.micro_batch} to stage {self.receiver}"
+        chunk = f", chunk {self.chunk}" if self.chunk else ""
+        return f"{'activation' if self.is_activation else 'gradient'} {self.micro_batch} to stage {self.stage}{chunk}"
 
 
 @dataclass
@@ -53,8 +74,6 @@ class _Stage:
     """Where one stage has got to."""
 
     program: tuple[Instruction, ...]
-    forward_time: float
-    backward_time: float
     clock: float = 0.0
     position: int = 0
     live: int = 0
@@ -64,13 +83,28 @@ class _Stage:
     sends: list[_Message] = field(default_factory=list)
 
 
+SENDS, POSTS = (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT), (Kind.POST_ACTIVATION, Kind.POST_GRADIENT)
+RECEIVES = (Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT)
+OF_ACTIVATIONS = (Kind.POST_ACTIVATION, Kind.RECEIVE_ACTIVATION, Kind.SEND_ACTIVATION)
+HALVES = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+SAME = {Kind.FORWARD: [Kind.FORWARD], Kind.BACKWARD: [Kind.BACKWARD, *HALVES]}  # what must not be computed twice
+SAME |= {half: [half, Kind.BACKWARD] for half in HALVES}
+
+
 class _Play:
     """All stages and the messages between them. Whose turn comes first does not matter: a stage waits, or goes on."""
 
-    def __init__(self, stages: list[_Stage], num_micro_batches: int, train: bool, blocking_sends: bool) -> None:
-        self.stages, self.train, self.blocking_sends = stages, train, blocking_sends
-        kinds = (Kind.FORWARD, Kind.BACKWARD) if train else (Kind.FORWARD,)
-        self.due = {Instruction(kind, micro_batch) for kind in kinds for micro_batch in range(num_micro_batches)}
+    def __init__(
+        self,
+        stages: list[_Stage],
+        placement: Placement,
+        num_micro_batches: int,
+        times: Times,
+        train: bool,
+        blocking_sends: bool,
+    ) -> None:
+        self.stages, self.placement, self.times = stages, placement, times
+        self.num_micro_batches, self.train, self.blocking_sends = num_micro_batches, train, blocking_sends
         self.posted: dict[_Message, float] = {}  # at which time
         self.sent: dict[_Message, float] = {}
         self.received: set[_Message] = set()
@@ -78,14 +112,36 @@ class _Play:
     def run(self) -> None:
         while any([self.advance(number) for number in range(len(self.stages))]):  # noqa: C419 - every stage gets a turn
             pass
-        blocked = [
-            f"stage {number} waits at '{stage.program[stage.position]}'"
-            for number, stage in enumerate(self.stages)
-            if stage.position < len(stage.program)
-        ]
-        if blocked:
-            raise ScheduleError(f"deadlock: {'; '.join(blocked)}")
+        waiting = [number for number, stage in enumerate(self.stages) if stage.position < len(stage.program)]
+        if waiting:
+            blocked = [f"stage {each} waits at '{self.next_of(each)}'" for each in waiting]
+            raise ScheduleError(f"deadlock: {'; '.join(blocked)}{self.describe_cycle(waiting[0])}")
         self.check_end()
+
+    def next_of(self, number: int) -> Instruction:
+        return self.stages[number].program[self.stages[number].position]
+
+    def describe_cycle(self, number: int) -> str:
+        """Who waits for whom, from a stage that waits."""
+        path = [number]
+        while (number := self.awaited_by(number)) not in path:
+            path.append(number)
+            if self.stages[number].position == len(self.stages[number].program):
+                return f"; stage {number} has come to its end"
+        cycle = [*path[path.index(number) :], number]
+        return f"; in a circle: stage {' waits for stage '.join(map(str, cycle))}"
+
+    def awaited_by(self, number: int) -> int:
+        step = self.next_of(number)
+        if step.kind is Kind.DRAIN:
+            return next(message.stage for message in self.stages[number].sends if message not in self.posted)
+        message = self.message(number, step)
+        return message.stage if step.kind in SENDS else self.sender(message)
+
+    def sender(self, message: _Message) -> int:
+        neighbour = self.placement.neighbour(message.stage, message.chunk, -1 if message.is_activation else 1)
+        assert neighbour is not None
+        return neighbour[0]
 
     def advance(self, number: int) -> bool:
         """Carry out what can be carried out now; whether that was anything."""
@@ -97,25 +153,24 @@ class _Play:
     def carry_out(self, number: int, step: Instruction) -> bool:
         """One instruction of one stage; False when it has to wait."""
         stage = self.stages[number]
-        match step.kind:
-            case Kind.POST_ACTIVATION | Kind.POST_GRADIENT:
-                message = self.message(number, number, step.kind is Kind.POST_ACTIVATION, step)
-                self.require(message not in self.posted, number, step, "was posted before")
-                self.posted[message] = stage.clock
-            case Kind.RECEIVE_ACTIVATION | Kind.RECEIVE_GRADIENT:
-                return self.receive(number, step)
-            case Kind.SEND_ACTIVATION | Kind.SEND_GRADIENT:
-                return self.send(number, step)
-            case Kind.FORWARD | Kind.BACKWARD:
-                self.compute(number, step)
-            case Kind.DRAIN:
-                if any(message not in self.posted for message in stage.sends):
-                    return False
-                stage.clock = max([stage.clock, *(self.posted[message] for message in stage.sends)])
+        if step.kind in POSTS:
+            message = self.message(number, step)
+            self.require(message not in self.posted, number, step, "was posted before")
+            self.posted[message] = stage.clock
+        elif step.kind in RECEIVES:
+            return self.receive(number, step)
+        elif step.kind in SENDS:
+            return self.send(number, step)
+        elif step.kind is Kind.DRAIN:
+            if any(message not in self.posted for message in stage.sends):
+                return False
+            stage.clock = max([stage.clock, *(self.posted[message] for message in stage.sends)])
+        else:
+            self.compute(number, step)
         return True
 
     def receive(self, number: int, step: Instruction) -> bool:
-        message = self.message(number, number, step.kind is Kind.RECEIVE_ACTIVATION, step)
+        message = self.message(number, step)
         self.require(message in self.posted, number, step, "was not posted before")
         self.require(message not in self.received, number, step, "was received before")
         if message not in self.sent:
@@ -125,10 +180,9 @@ class _Play:
         return True
 
     def send(self, number: int, step: Instruction) -> bool:
-        stage, is_activation = self.stages[number], step.kind is Kind.SEND_ACTIVATION
-        message = self.message(number, number + (1 if is_activation else -1), is_activation, step)
-        made_by = Instruction(Kind.FORWARD if is_activation else Kind.BACKWARD, step.micro_batch)
-        self.require(made_by in stage.computed, number, step, f"comes before '{made_by}'")
+        stage, message = self.stages[number], self.message(number, step)
+        made_by = [Kind.FORWARD] if message.is_activation else [Kind.BACKWARD, Kind.BACKWARD_INPUT]
+        self.require_computed(number, step, made_by, step.chunk)
         self.require(message not in self.sent, number, step, "was sent before")
         if self.blocking_sends:
             if message not in self.posted:
@@ -139,27 +193,51 @@ class _Play:
         return True
 
     def compute(self, number: int, step: Instruction) -> None:
-        stage, forward = self.stages[number], step.kind is Kind.FORWARD
-        self.require(step in self.due, number, step, "is not part of this step")
-        self.require(step not in stage.computed, number, step, "was computed before")
-        if not forward:
-            own = Instruction(Kind.FORWARD, step.micro_batch)
-            self.require(own in stage.computed, number, step, f"comes before '{own}'")
-        if number != (0 if forward else len(self.stages) - 1):
-            came = _Message(number, forward, step.micro_batch) in self.received
-            self.require(came, number, step, f"comes before its {'activation' if forward else 'gradient'}")
-        start, stage.clock = stage.clock, stage.clock + (stage.forward_time if forward else stage.backward_time)
+        stage, places = self.stages[number], self.placement.places[number]
+        exists = 0 <= step.micro_batch < self.num_micro_batches and step.chunk < len(places)
+        self.require(exists and (self.train or step.kind is Kind.FORWARD), number, step, "is not part of this step")
+        before = {Instruction(kind, step.micro_batch, step.chunk) for kind in SAME[step.kind]} & stage.computed
+        self.require(not before, number, step, "was computed before")
+        self.require_inputs(number, step)
+        start, stage.clock = stage.clock, stage.clock + self.times.of(step.kind, places[step.chunk])
         stage.spans.append(Span(step, start, stage.clock))
         stage.computed.add(step)
-        if self.train:
-            stage.live += 1 if forward else -1
+        if self.train and step.kind is not Kind.BACKWARD_INPUT:
+            stage.live += 1 if step.kind is Kind.FORWARD else -1
             stage.peak_live = max(stage.peak_live, stage.live)
 
-    def message(self, number: int, receiver: int, is_activation: bool, step: Instruction) -> _Message:
-        sender = receiver - 1 if is_activation else receiver + 1
-        exists = 0 <= sender < len(self.stages) and 0 <= receiver < len(self.stages)
-        self.require(exists, number, step, f"has no neighbour: there are {len(self.stages)} stages")
-        return _Message(receiver, is_activation, step.micro_batch)
+    def require_inputs(self, number: int, step: Instruction) -> None:
+        """What a piece of compute needs has come, or was computed here."""
+        if step.kind is Kind.BACKWARD_WEIGHT:
+            self.require_computed(number, step, [Kind.BACKWARD_INPUT], step.chunk)
+            return
+        forward = step.kind is Kind.FORWARD
+        if not forward:
+            self.require_computed(number, step, [Kind.FORWARD], step.chunk)
+        source = self.placement.neighbour(number, step.chunk, -1 if forward else 1)
+        if source is None:
+            return
+        if source[0] == number:
+            makers = [Kind.FORWARD] if forward else [Kind.BACKWARD, Kind.BACKWARD_INPUT]
+            self.require_computed(number, step, makers, source[1])
+        else:
+            came = _Message(number, step.chunk, forward, step.micro_batch) in self.received
+            self.require(came, number, step, f"comes before its {'activation' if forward else 'gradient'}")
+
+    def require_computed(self, number: int, step: Instruction, kinds: Sequence[Kind], chunk: int) -> None:
+        needed = [Instruction(kind, step.micro_batch, chunk) for kind in kinds]
+        there = any(each in self.stages[number].computed for each in needed)
+        self.require(there, number, step, f"comes before '{needed[0]}'")
+
+    def message(self, number: int, step: Instruction) -> _Message:
+        """What an instruction posts, receives or sends."""
+        is_activation, sends = step.kind in OF_ACTIVATIONS, step.kind in SENDS
+        there = step.chunk < len(self.placement.places[number])
+        onward = 1 if is_activation == sends else -1
+        other = self.placement.neighbour(number, step.chunk, onward) if there else None
+        alone = other is None or other[0] == number
+        self.require(not alone, number, step, f"has no neighbour: there are {len(self.stages)} stages")
+        return _Message(*(other if sends and other else (number, step.chunk)), is_activation, step.micro_batch)
 
     def require(self, condition: bool, number: int, step: Instruction, problem: str) -> None:
         if not condition:
@@ -168,7 +246,7 @@ class _Play:
     def check_end(self) -> None:
         """All stages came to their end: have they computed everything, and waited for every message."""
         for number, stage in enumerate(self.stages):
-            missing = sorted(map(str, self.due - stage.computed))
+            missing = sorted(map(str, self.missing(number)))
             if missing:
                 raise ScheduleError(f"stage {number}: never computed: {', '.join(missing)}")
             if not stage.program or stage.program[-1].kind is not Kind.DRAIN:
@@ -177,31 +255,42 @@ class _Play:
         if left:
             raise ScheduleError(f"posted or sent, but never received: {', '.join(left)}")
 
+    def missing(self, number: int) -> set[Instruction]:
+        due, computed = set(), self.stages[number].computed
+        for place in product(range(self.num_micro_batches), range(len(self.placement.places[number]))):
+            halves = {Instruction(kind, *place) for kind in HALVES}
+            backward = halves if halves & computed else {Instruction(Kind.BACKWARD, *place)}
+            due |= {Instruction(Kind.FORWARD, *place)} | (backward if self.train else set())
+        return due - computed
+
 
 def play(
     programs: Sequence[tuple[Instruction, ...]],
     num_micro_batches: int,
     *,
+    placement: Placement | None = None,
+    times: Times | None = None,
     train: bool = True,
-    forward_time: float | Sequence[float] = 1.0,
-    backward_time: float | Sequence[float] = 2.0,
     blocking_sends: bool = True,
 ) -> Proof:
     """Play the programs of stages 0, 1, ... against each other; messages take no time, waiting for them does.
 
-    With `blocking_sends` a send holds its stage until the neighbour has posted the receive, as MPI_Ssend does; else
-    only DRAIN waits for that. What passes both ways relies on no buffering by MPI. Times are one number for all
-    stages, or one per stage.
+    Args:
+        programs: of each stage.
+        num_micro_batches: of the replica.
+        placement: one chunk a stage if None.
+        times: a forward takes 1, a backward 2, half of that for weights, if None.
+        train: False for evaluation, which has no backward.
+        blocking_sends: a send holds its stage until the neighbour has posted the receive, as MPI_Ssend does; else only
+            DRAIN waits for that. What passes both ways relies on no buffering by MPI.
 
     Raises:
         ScheduleError: the programs deadlock, leave a message without its counterpart, compute before what they need
-            is there, or do not compute every micro-batch exactly once (forward, and backward if `train`).
+            is there, or do not compute everything exactly once (forward, and backward if `train`).
     """
-    num_stages = len(programs)
-    forward_times = [forward_time] * num_stages if isinstance(forward_time, int | float) else forward_time
-    backward_times = [backward_time] * num_stages if isinstance(backward_time, int | float) else backward_time
-    stages = [_Stage(*parts) for parts in zip(programs, forward_times, backward_times, strict=True)]
-    _Play(stages, num_micro_batches, train, blocking_sends).run()
+    stages = [_Stage(told) for told in programs]
+    placement = placement or in_turn(len(stages), 1)
+    _Play(stages, placement, num_micro_batches, times or Times(), train, blocking_sends).run()
     return Proof(
         peak_live=[stage.peak_live for stage in stages],
         busy=[sum(span.stop - span.start for span in stage.spans) for stage in stages],

@@ -9,8 +9,6 @@ activations most often sit side by side, mostly on one node. 8 ranks as 4 data x
       replica 1        2    <-->     3        data axis: each column
       replica 2        4    <-->     5        sums its gradients
       replica 3        6    <-->     7
-
-Beyond the first and the last stage the neighbour is MPI.PROC_NULL.
 """
 
 from __future__ import annotations
@@ -36,26 +34,6 @@ class Mesh:
     num_stages: int
     replica: int
     stage: int
-
-    @property
-    def previous_stage(self) -> int:
-        """Rank on the pipe axis that feeds this stage, or MPI.PROC_NULL."""
-        return self.stage - 1 if self.stage > 0 else MPI.PROC_NULL
-
-    @property
-    def next_stage(self) -> int:
-        """Rank on the pipe axis that this stage feeds, or MPI.PROC_NULL."""
-        return self.stage + 1 if self.stage + 1 < self.num_stages else MPI.PROC_NULL
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this stage reads tokens."""
-        return self.stage == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this stage reads labels and computes the loss."""
-        return self.stage == self.num_stages - 1
 
     def free(self) -> None:
         """Give the communicators back (collective)."""

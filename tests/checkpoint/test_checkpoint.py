@@ -21,13 +21,13 @@ from mpitrain.checkpoint.load import fill, newest_usable, verify
 from mpitrain.checkpoint.manifest import Progress, committed, find_checkpoint, read_manifest
 from mpitrain.checkpoint.save import clear_left_overs, retain, save
 from mpitrain.comm.buckets import StateSlice, fill_buckets
-from mpitrain.config import Train
 from mpitrain.errors import CheckpointError, MpitrainError
 from mpitrain.model.bert import BertStage, parameter_shapes
 from mpitrain.optim import ShardedAdamW
 from mpitrain.pipeline.balance import split_blocks
 from mpitrain.runtime import mesh as meshes
 from mpitrain.runtime.agree import any_rank, share
+from mpitrain.sections import Train
 
 CARD = small_card(vocab_size=19, hidden_size=8, num_hidden_layers=2, intermediate_size=8, max_position_embeddings=8)
 SHAPES = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (1, 4), (4, 2)]
@@ -57,7 +57,7 @@ def mesh_of(comm, data: int, pipe: int) -> Iterator[meshes.Mesh | None]:
 
 def slices_on(mesh: meshes.Mesh) -> list[StateSlice]:
     """Weights and moments that this rank owns, all zero."""
-    stage = BertStage(CARD, NUM_LABELS, *split_blocks([1.0] * 4, mesh.num_stages)[mesh.stage])
+    stage = BertStage(CARD, NUM_LABELS, [split_blocks([1.0] * 4, mesh.num_stages)[mesh.stage]])
     optimizer = ShardedAdamW(own(fill_buckets(stage, 2000), mesh.replica, mesh.num_replicas), Train())
     slices = list(optimizer.slices())
     for piece in slices:

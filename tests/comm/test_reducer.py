@@ -11,7 +11,6 @@ from communicators import HOSTS
 from reducing import check_squares, reducing
 
 from mpitrain.comm.buckets import Bucket, fill_buckets
-from mpitrain.comm.reducer import GradientReducer
 from mpitrain.runtime.agree import collect
 
 pytestmark = pytest.mark.mpi(min_size=1)
@@ -24,11 +23,9 @@ def model_of(rank: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(*(torch.nn.Linear(7, 7) for _ in range(4)))
 
 
-def backward_twice(module: torch.nn.Module, rank: int, reducer: GradientReducer) -> None:
-    """Two micro-batches, of which the second is the last of its step."""
+def backward_twice(module: torch.nn.Module, rank: int) -> None:
+    """Two micro-batches."""
     for number in range(2):
-        if number == 1:
-            reducer.arm()
         generator = torch.Generator().manual_seed(10 * rank + number)
         module(torch.rand(3, 7, generator=generator)).square().sum().backward()
 
@@ -56,8 +53,8 @@ def test_the_own_part_of_every_bucket_holds_the_sum_of_all_micro_batches_of_all_
     tolerance = 3e-2 if wire else 1e-5
     with reducing(comm, buckets := fill_buckets(module, bucket_bytes), algorithm, wire) as (reducer, _):
         for _ in range(2):  # the second step must not see the first one's gradients
-            reducer.start_step()
-            backward_twice(module, comm.rank, reducer)
+            reducer.start_step(2)
+            backward_twice(module, comm.rank)
             reducer.finish()
             comm.Barrier()  # as the vote of a step
         check_squares(buckets, algorithm)
@@ -75,9 +72,9 @@ def test_the_own_part_of_every_bucket_holds_the_sum_of_all_micro_batches_of_all_
 def test_a_replica_without_micro_batches_joins_in_with_zeros(comm, algorithm):
     module = model_of(0)
     with reducing(comm, buckets := fill_buckets(module, 300), algorithm) as (reducer, _):
-        reducer.start_step()
+        reducer.start_step(2)
         if comm.rank == 0:
-            backward_twice(module, 0, reducer)
+            backward_twice(module, 0)
         reducer.finish()
         total = torch.cat([bucket.reduced for bucket in buckets]).double().sum()
     expected = sum(float(values.sum()) for values in sum_without_reducer(1).values())
@@ -101,17 +98,16 @@ class Wait(torch.autograd.Function):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_full_buckets_travel_while_the_last_backward_still_runs_and_not_before(comm, monkeypatch, algorithm):
     first, last = torch.nn.Linear(7, 7), torch.nn.Linear(7, 7)
-    begun, at_arming = threading.Event(), []
+    begun, at_first = threading.Event(), []
     with reducing(comm, fill_buckets(torch.nn.Sequential(first, last), 1), algorithm) as (reducer, exchange):
         reduce = exchange.reduce
         monkeypatch.setattr(exchange, "reduce", lambda number: (reduce(number), begun.set()))
-        reducer.start_step()
+        reducer.start_step(2)
         last(first(torch.rand(3, 7))).sum().backward()
-        at_arming.append(begun.is_set())
-        reducer.arm()
+        at_first.append(begun.is_set())
         last(Wait.apply(first(torch.rand(3, 7)), begun)).sum().backward()
         reducer.finish()
-    assert at_arming == [False]
+    assert at_first == [False]
     assert begun.is_set()
 
 
@@ -120,8 +116,7 @@ def test_where_ranks_share_cores_and_memory_nothing_is_summed_beside_the_backwar
     with reducing(comm, fill_buckets(layers, 1), "node", patient=True) as (reducer, exchange):
         reduce, ended = exchange.reduce, threading.Event()
         monkeypatch.setattr(exchange, "reduce", lambda number: (early.append(not ended.is_set()), reduce(number)))
-        reducer.start_step()
-        reducer.arm()
+        reducer.start_step(1)
         layers(torch.rand(3, 7)).sum().backward()
         time.sleep(0.1)
         ended.set()
@@ -137,8 +132,7 @@ def test_buckets_travel_in_the_same_order_on_all_ranks_whatever_the_order_of_gra
     with reducing(comm, buckets, algorithm) as (reducer, exchange):
         reduce = exchange.reduce
         monkeypatch.setattr(exchange, "reduce", lambda number: (order.append(number), reduce(number)))
-        reducer.start_step()
-        reducer.arm()
+        reducer.start_step(1)
         for layer in layers if comm.rank % 2 else reversed(layers):
             layer(torch.ones(1, 3)).sum().backward()
         reducer.finish()
@@ -156,8 +150,8 @@ def test_what_fails_in_the_thread_is_raised_by_finish(comm, monkeypatch):
             raise ZeroDivisionError("in the thread")
 
         monkeypatch.setattr(exchange, "reduce", fail)
-        reducer.start_step()
-        backward_twice(module, comm.rank, reducer)
+        reducer.start_step(2)
+        backward_twice(module, comm.rank)
         with pytest.raises(ZeroDivisionError, match="in the thread"):
             reducer.finish()
     assert not reducer._thread.is_alive()

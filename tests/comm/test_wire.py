@@ -61,8 +61,7 @@ def test_sums_over_many_steps_lose_nothing_with_feedback(comm, algorithm):
         with reducing(comm, [bucket], algorithm, BF16, error_feedback=feedback) as (reducer, exchange):
             total, squares = torch.zeros_like(bucket.reduced), 0.0
             for _ in range(32):
-                reducer.start_step()
-                reducer.arm()
+                reducer.start_step(1)
                 (module.weight.sum() * VALUE).backward()
                 reducer.finish()
                 total += bucket.reduced

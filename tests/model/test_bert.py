@@ -36,7 +36,7 @@ def reference(card):
 def cut(card, num_stages, dtype=torch.float32, places=None, recompute="none"):
     """The model as stages, with the same initial weights for any number of them."""
     places = places or [num_blocks(card) * stage // num_stages for stage in range(num_stages + 1)]
-    stages = [BertStage(card, LABELS, *place, recompute) for place in pairwise(places)]
+    stages = [BertStage(card, LABELS, [place], recompute) for place in pairwise(places)]
     for stage in stages:
         initialize(stage, card, seed=3)
     return [stage.to(dtype) for stage in stages]
@@ -147,7 +147,7 @@ def test_names_shapes_and_their_order_are_those_of_transformers():
 
 
 def test_weights_are_nan_until_somebody_sets_them():
-    assert all(parameter.isnan().all() for parameter in BertStage(UNCASED, LABELS, 0, 6).parameters())
+    assert all(parameter.isnan().all() for parameter in BertStage(UNCASED, LABELS, [(0, 6)]).parameters())
 
 
 @pytest.mark.parametrize("num_stages", [2, 4, 6])
@@ -198,7 +198,7 @@ def test_initial_weights_are_those_of_bert_and_hang_on_seed_and_name_only():
     assert len({values.flatten()[40].item() for values in matrices}) == len(matrices)
     assert not whole["bert.embeddings.word_embeddings.weight"][0].any()
     assert all((values == float(name.endswith("weight"))).all() for name, values in whole.items() if values.dim() == 1)
-    other = BertStage(UNCASED, LABELS, 5, 6)
+    other = BertStage(UNCASED, LABELS, [(5, 6)])
     initialize(other, UNCASED, seed=4)
     assert not torch.equal(other.classifier.weight, whole["classifier.weight"])
 

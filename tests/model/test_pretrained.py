@@ -56,7 +56,7 @@ def edit_config(directory, **fields):
 
 
 def load(found):
-    stage = BertStage(found.card, len(found.label_names), 0, num_blocks(found.card))
+    stage = BertStage(found.card, len(found.label_names), [(0, num_blocks(found.card))])
     initialize(stage, found.card, seed=0)
     load_weights(stage, found.weights(name for name, _ in stage.named_parameters()))
     return stage
@@ -211,7 +211,7 @@ def test_two_labels_without_names_are_those_that_transformers_leaves_out(tmp_pat
 
 def test_what_is_written_loads_in_transformers_with_no_key_missing_or_left_over(tmp_path):
     card = ModelCard(**SIZES, hidden_act="gelu_new", classifier_dropout=0.2)
-    stage = BertStage(card, 3, 0, num_blocks(card))
+    stage = BertStage(card, 3, [(0, num_blocks(card))])
     initialize(stage, card, seed=0)
     write_pretrained(tmp_path / "out", card, NAMES, dict(stage.named_parameters()))
     model, report = AutoModelForTokenClassification.from_pretrained(tmp_path / "out", output_loading_info=True)

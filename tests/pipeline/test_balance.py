@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpitrain.errors import UsageError
-from mpitrain.pipeline.balance import by_hand, choose_mesh, split_blocks
+from mpitrain.pipeline.balance import by_hand, choose_mesh, split_blocks, split_chunks
+from mpitrain.pipeline.schedule import in_a_v, in_turn
 from mpitrain.split import part
 
 costs_lists = st.lists(st.integers(0, 20), min_size=1, max_size=9)
@@ -111,3 +112,23 @@ def test_a_mesh_uses_every_rank_and_fills_every_stage(num_ranks, num_layers, num
     shorter = [other for other in range(1, pipe) if num_ranks % other == 0]
     wanted = 2 if 2 * data <= num_micro_batches else 1
     assert all(num_ranks // other * wanted > num_micro_batches for other in shorter)
+
+
+def slowest_and_longest(costs, stages, bounds) -> tuple[float, float]:
+    loads, chunks = [0.0] * (max(stages) + 1), [sum(costs[start:stop]) for start, stop in bounds]
+    for stage, chunk in zip(stages, chunks, strict=True):
+        loads[stage] += chunk
+    return max(loads), max(chunks)
+
+
+@given(st.sampled_from([in_turn(1, 2), in_turn(2, 2), in_turn(3, 2), in_turn(2, 3), in_a_v(2), in_a_v(3)]), st.data())
+def test_chunks_are_cut_as_well_as_by_trying_all_cuts(placement, data):
+    stages = [stage for _, (stage, _) in sorted(placement.holders.items())]
+    size = st.integers(len(stages), len(stages) + 4)
+    costs = data.draw(size.flatmap(lambda n: st.lists(st.integers(1, 9), min_size=n, max_size=n)))
+    found = split_chunks(costs, stages)
+    assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
+    assert found[-1][1] == len(costs)
+    every = combinations(range(1, len(costs)), len(stages) - 1)
+    best = min(slowest_and_longest(costs, stages, list(pairwise([0, *cut, len(costs)]))) for cut in every)
+    assert slowest_and_longest(costs, stages, found) == best

@@ -4,16 +4,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpitrain.pipeline.prove import ScheduleError, play
-from mpitrain.pipeline.schedule import SCHEDULES, Instruction, Kind, one_f_one_b, program
+from mpitrain.pipeline.messages import program
+from mpitrain.pipeline.prove import Proof, ScheduleError, Times, play
+from mpitrain.pipeline.schedule import SCHEDULES, Instruction, Kind, Schedule, in_turn, one_f_one_b
 
 KINDS = [*SCHEDULES, "evaluation"]
 
 
+def found(name: str, num_stages: int, num_chunks: int = 2) -> Schedule:
+    return SCHEDULES["1f1b" if name == "evaluation" else name](num_stages, num_chunks)
+
+
 def programs(name: str, num_stages: int, num_micro_batches: int) -> list[tuple[Instruction, ...]]:
-    train = name != "evaluation"
-    key = name if train else "1f1b"
-    return [program(key, stage, num_stages, num_micro_batches, train=train) for stage in range(num_stages)]
+    schedule, train = found(name, num_stages), name != "evaluation"
+    return [program(schedule, stage, num_micro_batches, train=train) for stage in range(num_stages)]
+
+
+def played(name: str, num_stages: int, count: int, told=None, **keywords) -> Proof:
+    told = told or programs(name, num_stages, count)
+    placement = found(name, num_stages).placement
+    return play(told, count, placement=placement, train=name != "evaluation", **keywords)
 
 
 def edited(name: str, stage: int, change, num_stages: int = 3, num_micro_batches: int = 4):
@@ -25,16 +35,48 @@ def edited(name: str, stage: int, change, num_stages: int = 3, num_micro_batches
     return told
 
 
+IDLE = {  # of a stage, in forwards of a chunk, from how many micro-batches on, for S stages
+    "gpipe": (lambda stages: 3 * (stages - 1), lambda stages, count: count > 0),
+    "1f1b": (lambda stages: 3 * (stages - 1), lambda stages, count: count > 0),
+    "zb-h1": (lambda stages: stages - 1, lambda stages, count: count >= stages),
+    "interleaved": (lambda stages: 3 * (stages - 1), lambda stages, count: count and count % stages == 0),
+    "zb-v": (lambda stages: stages - 1, lambda stages, count: count >= 2 * stages - 1),
+    "evaluation": (lambda stages: stages - 1, lambda stages, count: count > 0),
+}
+PEAKS = {  # chunks of micro-batches alive on a stage, at most
+    "gpipe": lambda stage, stages, count: count,
+    "1f1b": lambda stage, stages, count: min(count, stages - stage),
+    "zb-h1": lambda stage, stages, count: min(count, stages),
+    "interleaved": lambda stage, stages, count: min(2 * count, 3 * stages - 2 * stage - 1),
+    "zb-v": lambda stage, stages, count: min(2 * count, 2 * stages),
+    "evaluation": lambda stage, stages, count: 0,
+}
+
+
 @pytest.mark.parametrize("blocking_sends", [True, False])
-@pytest.mark.parametrize("num_stages", range(1, 9))
+@pytest.mark.parametrize("num_stages", range(1, 17))
 @pytest.mark.parametrize("name", KINDS)
 def test_no_schedule_deadlocks_and_memory_and_bubble_are_as_published(name, num_stages, blocking_sends):
-    for count in range(33):
-        told = programs(name, num_stages, count)
-        proof = play(told, count, train=name != "evaluation", blocking_sends=blocking_sends)
-        live = {"gpipe": lambda stage, n=count: n, "1f1b": lambda stage, n=count: min(n, num_stages - stage)}
-        assert proof.peak_live == [live.get(name, lambda stage: 0)(stage) for stage in range(num_stages)]
-        assert proof.bubble == pytest.approx((num_stages - 1) / (count + num_stages - 1) if count else 0.0)
+    idle, holds = IDLE[name]
+    for count in [*range(10), 15, 16, 17, 2 * num_stages - 1, 2 * num_stages, 31, 63, 64]:
+        proof = played(name, num_stages, count, blocking_sends=blocking_sends)
+        peaks = [PEAKS[name](stage, num_stages, count) for stage in range(num_stages)]
+        assert all(found <= peak for found, peak in zip(proof.peak_live, peaks, strict=True))
+        assert count < 2 * num_stages or max(proof.peak_live) == max(peaks)
+        work = count * len(found(name, num_stages).placement.places[0]) * (1 if name == "evaluation" else 3)
+        assert proof.makespan <= work + 3 * count * (num_stages - 1) + 3 * num_stages
+        if holds(num_stages, count):
+            assert proof.makespan == work + idle(num_stages)
+            assert proof.bubble == pytest.approx(idle(num_stages) / proof.makespan)
+
+
+@pytest.mark.parametrize("num_chunks", [3, 4])
+def test_more_chunks_make_the_bubble_smaller(num_chunks):
+    for num_stages in (2, 4, 7):
+        schedule = found("interleaved", num_stages, num_chunks)
+        told = [program(schedule, stage, 2 * num_stages) for stage in range(num_stages)]
+        proof = play(told, 2 * num_stages, placement=schedule.placement)
+        assert proof.makespan == 3 * num_chunks * 2 * num_stages + 3 * (num_stages - 1)
 
 
 @given(st.sampled_from(KINDS), st.integers(1, 5), st.integers(1, 6), st.booleans(), st.data())
@@ -44,7 +86,7 @@ def test_any_single_deletion_is_caught(name, num_stages, count, blocking_sends, 
     position = data.draw(st.integers(0, length - 1))
     told = edited(name, stage, lambda steps: steps.pop(position), num_stages, count)
     with pytest.raises(ScheduleError):
-        play(told, count, train=name != "evaluation", blocking_sends=blocking_sends)
+        played(name, num_stages, count, told, blocking_sends=blocking_sends)
 
 
 @given(st.sampled_from(KINDS), st.integers(1, 5), st.integers(1, 6), st.data())
@@ -54,7 +96,7 @@ def test_any_instruction_told_twice_is_caught(name, num_stages, count, data):
     step = data.draw(st.sampled_from(steps))
     told = edited(name, stage, lambda steps: steps.insert(steps.index(step), step), num_stages, count)
     with pytest.raises(ScheduleError):
-        play(told, count, train=name != "evaluation")
+        played(name, num_stages, count, told)
 
 
 def post_when_needed(steps):
@@ -69,7 +111,11 @@ def test_a_program_that_relies_on_buffered_sends_deadlocks_and_the_error_names_w
     told = edited("1f1b", 0, post_when_needed, num_stages=2)
     told[1] = edited("1f1b", 1, post_when_needed, num_stages=2)[1]
     play(told, 4, blocking_sends=False)
-    with pytest.raises(ScheduleError, match="stage 0 waits at 'send activation 1'; stage 1 waits at 'send gradient 0'"):
+    problem = (
+        "deadlock: stage 0 waits at 'send activation 1'; stage 1 waits at 'send gradient 0'; "
+        "in a circle: stage 0 waits for stage 1 waits for stage 0"
+    )
+    with pytest.raises(ScheduleError, match=problem):
         play(told, 4)
 
 
@@ -112,19 +158,19 @@ def test_a_message_to_nobody_is_caught():
 
 
 def test_stages_that_expect_different_numbers_of_micro_batches_are_caught():
-    told = [program("1f1b", 0, 2, 4), program("1f1b", 1, 2, 3)]
-    with pytest.raises(ScheduleError, match="stage 0 waits at"):
+    told = [programs("1f1b", 2, 4)[0], programs("1f1b", 2, 3)[1]]
+    with pytest.raises(ScheduleError, match=r"stage 0 waits at .* stage 1 has come to its end"):
         play(told, 4)
 
 
 def test_stages_that_follow_different_schedules_are_caught():
-    told = [program("1f1b", 0, 2, 4), program("gpipe", 1, 2, 4)]
+    told = [programs("1f1b", 2, 4)[0], programs("gpipe", 2, 4)[1]]
     with pytest.raises(ScheduleError, match="deadlock"):
         play(told, 4)
 
 
 def test_the_slowest_stage_sets_the_pace():
-    proof = play(programs("1f1b", 3, 10), 10, forward_time=[1, 4, 1], backward_time=[2, 8, 2])
+    proof = play(programs("1f1b", 3, 10), 10, times=Times([1, 4, 1], [2, 8, 2]))
     assert proof.busy == [30, 120, 30]
     assert proof.makespan == 120 + 1 + 2
     assert proof.bubble == pytest.approx(1 - 60 / proof.makespan)
@@ -132,7 +178,7 @@ def test_the_slowest_stage_sets_the_pace():
 
 def starts_before_a_slow_stage(told, **keywords):
     """When stage 0 starts its forwards, with a second stage that is four times as slow."""
-    proof = play(told, 4, train=False, forward_time=[1, 4], **keywords)
+    proof = play(told, 4, train=False, times=Times([1, 4]), **keywords)
     return [span.start for span in proof.spans[0]]
 
 
@@ -157,3 +203,26 @@ def test_both_schedules_take_equally_long_when_stages_are_equal():
 def test_the_warm_up_is_as_short_as_the_stages_behind_allow():
     firsts = [[step.kind for step in one_f_one_b(stage, 4, 9)].index(Kind.BACKWARD) for stage in range(4)]
     assert firsts == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "problem"),
+    [
+        ("FIBW", "'backward 0' was computed before"),
+        ("FBW", "'backward weight 0' was computed before"),
+        ("FWI", "'backward weight 0' comes before 'backward input 0'"),
+        ("FI", "never computed: backward weight 0"),
+        ("IFW", "'backward input 0' comes before 'forward 0'"),
+    ],
+)
+def test_a_backward_is_whole_or_in_two_halves(steps, problem):
+    kinds = {"F": Kind.FORWARD, "B": Kind.BACKWARD, "I": Kind.BACKWARD_INPUT, "W": Kind.BACKWARD_WEIGHT}
+    told = [(*(Instruction(kinds[step], 0) for step in steps), Instruction(Kind.DRAIN, -1))]
+    with pytest.raises(ScheduleError, match=problem):
+        play(told, 1)
+
+
+def test_a_chunk_needs_the_one_before_it_on_the_same_stage():
+    told = [(Instruction(Kind.FORWARD, 0, 1), Instruction(Kind.FORWARD, 0), Instruction(Kind.DRAIN, -1))]
+    with pytest.raises(ScheduleError, match="'forward 0 of chunk 1' comes before 'forward 0'"):
+        play(told, 1, placement=in_turn(1, 2), train=False)

@@ -29,17 +29,6 @@ def test_stages_of_a_replica_sit_side_by_side_and_each_axis_holds_its_ranks(comm
 
 
 @pytest.mark.mpi(min_size=1)
-def test_beyond_the_first_and_the_last_stage_there_is_nobody(comm):
-    for data, pipe in shapes_of(comm.size):
-        with meshes.build(comm, data, pipe) as mesh:
-            assert mesh.is_first == (mesh.previous_stage == MPI.PROC_NULL) == (mesh.stage == 0)
-            assert mesh.is_last == (mesh.next_stage == MPI.PROC_NULL) == (mesh.stage == pipe - 1)
-            received = bytearray(b"?")
-            mesh.pipe_axis.Sendrecv(bytes([mesh.stage]), mesh.next_stage, recvbuf=received, source=mesh.previous_stage)
-            assert received == (b"?" if mesh.is_first else bytes([mesh.stage - 1]))
-
-
-@pytest.mark.mpi(min_size=1)
 def test_communicators_are_given_back_but_not_after_an_error(comm):
     with meshes.build(comm, comm.size, 1) as mesh:
         pass

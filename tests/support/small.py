@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from communicators import on_hosts
 
+from mpitrain.arrange import Arrangement
 from mpitrain.comm.buckets import Bucket, fill_buckets
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.choice import choose_exchange
-from mpitrain.config import Train
 from mpitrain.dataset.batches import TrainPlan
 from mpitrain.dataset.sequences import MemorySplit
 from mpitrain.model.bert import BertStage
@@ -22,9 +22,11 @@ from mpitrain.model.initial import initialize
 from mpitrain.optim import ShardedAdamW
 from mpitrain.pipeline.balance import by_hand, split_blocks
 from mpitrain.pipeline.executor import Executor
+from mpitrain.pipeline.schedule import SCHEDULES
 from mpitrain.runtime import mesh as meshes
+from mpitrain.sections import Train
 from mpitrain.split import aligned_part
-from mpitrain.step import Stepper, load_micro_batches
+from mpitrain.step import Stepper
 
 NUM_LABELS = 5
 
@@ -66,6 +68,19 @@ def own(buckets: list[Bucket], index: int, count: int, dtype: torch.dtype = torc
     return buckets
 
 
+def small_arrangement(
+    card: ModelCard,
+    data: int,
+    pipe: int,
+    schedule: str = "1f1b",
+    chunks: int = 2,
+    layers: tuple[int, ...] | None = None,
+) -> Arrangement:
+    found, costs = SCHEDULES[schedule](pipe, chunks), block_costs(card, NUM_LABELS, 20.0)
+    by_cost = split_blocks(costs, len(found.placement.holders))
+    return Arrangement(data, found, by_hand(layers, card.num_hidden_layers) if layers else by_cost)
+
+
 @dataclass
 class Trained:
     why: str  # the exchange is what it is
@@ -85,6 +100,7 @@ def train_small(
     direct: bool | None = None,
     card: ModelCard | None = None,
     schedule: str = "1f1b",
+    chunks: int = 2,
     layers: tuple[int, ...] | None = None,
     keep_weights: tuple[int, ...] = (),
     spoil: Any = None,
@@ -101,9 +117,8 @@ def train_small(
     settings = Train(**({"batch_size": 14, "micro_batches": 8, "learning_rate": 3e-3, "max_grad_norm": 0.4} | options))
     mesh = meshes.build(comm, data, pipe)
     transport = Transport(torch.device(device), direct, patient=True)
-    stages = split_blocks(block_costs(card, NUM_LABELS, 20.0), pipe)
-    stages = by_hand(layers, card.num_hidden_layers) if layers else stages
-    stage = BertStage(card, NUM_LABELS, *stages[mesh.stage], settings.recompute)
+    arrangement = small_arrangement(card, data, pipe, schedule, chunks, layers)
+    stage = BertStage(card, NUM_LABELS, arrangement.stages[mesh.stage], settings.recompute)
     initialize(stage, card, settings.seed)
     stage.to(device)
     buckets = fill_buckets(stage, 20_000, stage.tables, stage.stacks)
@@ -120,13 +135,12 @@ def train_small(
     )
     exchange.spread()
     optimizer = ShardedAdamW(buckets, settings)
-    executor = Executor(stage, mesh, transport, card.hidden_size)
+    executor = Executor(stage, mesh, transport, arrangement.schedule)
     stepper = Stepper(
         mesh,
         executor,
         exchange,
         optimizer,
-        schedule=schedule,
         options=settings,
         num_steps=num_steps,
         peak_learning_rate=settings.learning_rate,
@@ -142,7 +156,7 @@ def train_small(
     )
     trained = Trained(why)
     for step in range(num_steps):
-        micro_batches = load_micro_batches(plan.step(step), split, mesh, torch.device(device), settings)
+        micro_batches = stepper.load(plan.step(step), split)
         if spoil is not None:
             spoil(step, mesh, stage)
         result = stepper.run(plan.step(step), micro_batches, False)

@@ -1,0 +1,120 @@
+"""Who holds what: the shape of the mesh, the schedule, and each stage's blocks, from numbers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from mpitrain.config import Config
+from mpitrain.errors import UsageError
+from mpitrain.model.bert import num_blocks
+from mpitrain.model.card import ModelCard
+from mpitrain.model.cost import block_costs
+from mpitrain.pipeline.balance import by_hand, choose_mesh, split_blocks, split_chunks
+from mpitrain.pipeline.schedule import SCHEDULES, Schedule, num_chunks_of
+from mpitrain.pipeline.table import read_schedule
+from mpitrain.runtime.mesh import check_shape
+from mpitrain.split import part
+
+TYPICAL_LENGTH = 32.0  # tokens of a sentence, for the cost of attention in the split of layers over stages
+Blocks = tuple[int, int]  # [first, last)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """What a job of a number of ranks does where.
+
+    Attributes:
+        data: replicas.
+        schedule: of each replica's stages.
+        chunks: blocks of each part of the model, in forward order.
+    """
+
+    data: int
+    schedule: Schedule
+    chunks: list[Blocks]
+
+    @property
+    def pipe(self) -> int:
+        """Stages of a replica."""
+        return len(self.schedule.placement.places)
+
+    @cached_property
+    def stages(self) -> list[list[Blocks]]:
+        """The chunks of each stage."""
+        return [[self.chunks[place] for place in places] for places in self.schedule.placement.places]
+
+
+def arrange(num_ranks: int, config: Config, card: ModelCard, num_labels: int, pipe: int | None = None) -> Arrangement:
+    """What was asked for, and choices where nothing was.
+
+    Args:
+        num_ranks: of the job.
+        config: mesh, pipeline and micro-batches.
+        card: the model.
+        num_labels: of its head.
+        pipe: number of stages if neither axis is given, instead of the rule for training.
+
+    Raises:
+        UsageError: mesh, layers and schedule do not fit each other, the ranks or the model.
+    """
+    data, num_stages = _mesh_shape(num_ranks, config, card, pipe)
+    check_shape(num_ranks, data, num_stages)
+    schedule = _find_schedule(config, data, num_stages)
+    return Arrangement(data, schedule, _split_model(config, card, num_labels, schedule))
+
+
+def _mesh_shape(num_ranks: int, config: Config, card: ModelCard, pipe: int | None) -> tuple[int, int]:
+    data, stages = config.mesh.data, config.mesh.pipe
+    if data is None and stages is None:
+        num_chunks = num_chunks_of(config.pipeline.schedule, config.pipeline.chunks)
+        if pipe is not None:
+            return num_ranks // pipe, pipe
+        if config.pipeline.layers is not None:
+            stages = max(1, len(config.pipeline.layers) // num_chunks)
+            return max(1, num_ranks // stages), stages
+        return choose_mesh(num_ranks, card.num_hidden_layers // num_chunks, config.train.micro_batches)
+    return data or max(1, num_ranks // (stages or 1)), stages or max(1, num_ranks // (data or 1))
+
+
+def _find_schedule(config: Config, data: int, num_stages: int) -> Schedule:
+    name = config.pipeline.schedule
+    if name not in SCHEDULES:
+        num_micro_batches = part(0, config.train.micro_batches, data)[1]
+        return read_schedule(name, num_stages, num_micro_batches)
+    return SCHEDULES[name](num_stages, config.pipeline.chunks)
+
+
+def _split_model(config: Config, card: ModelCard, num_labels: int, schedule: Schedule) -> list[Blocks]:
+    num_stages, num_chunks = len(schedule.placement.places), schedule.placement.num_chunks
+    num_places, layers = len(schedule.placement.holders), config.pipeline.layers
+    if num_chunks > 1 and num_places > num_blocks(card):
+        raise UsageError(
+            f"mesh.pipe: {num_stages} stages of {num_chunks} chunks are {num_places} parts, each of which needs a "
+            f"block; the model has {num_blocks(card)} (embeddings, {card.num_hidden_layers} layers, head); use "
+            f"--mesh.pipe {num_blocks(card) // num_chunks} or less"
+        )
+    costs = block_costs(card, num_labels, TYPICAL_LENGTH)
+    if layers is None and num_chunks > 1:
+        return split_chunks(costs, [stage for _, (stage, _) in sorted(schedule.placement.holders.items())])
+    if layers is None:
+        return split_blocks(costs, num_stages)
+    if len(layers) != num_places:
+        given = ",".join(map(str, layers))
+        chunks = f" of {num_chunks} chunks" if num_chunks > 1 else ""
+        raise UsageError(f"--pipeline.layers {given}: {len(layers)} counts, the mesh has {num_stages} stages{chunks}")
+    return by_hand(layers, card.num_hidden_layers)
+
+
+def name_blocks(chunks: list[Blocks], card: ModelCard) -> str:
+    """A stage's blocks in words: "embeddings, layers 0-1; layers 4-5"."""
+    return "; ".join(_name_chunk(chunk, card) for chunk in chunks)
+
+
+def _name_chunk(chunk: Blocks, card: ModelCard) -> str:
+    first, last = chunk
+    layers = range(max(first, 1) - 1, min(last, num_blocks(card) - 1) - 1)
+    words = ["embeddings"] if first == 0 else []
+    if layers:
+        words.append(f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}")
+    return ", ".join([*words, "classifier"] if last == num_blocks(card) else words)

@@ -1,0 +1,67 @@
+"""What a schedule looks like: a line of text for each stage, or a Gantt chart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpitrain.pipeline.prove import Proof, Span
+from mpitrain.pipeline.schedule import Kind, Placement
+
+LETTERS = {Kind.FORWARD: "0123456789"}
+LETTERS |= dict.fromkeys((Kind.BACKWARD, Kind.BACKWARD_INPUT), "abcdefghijklmnopqrstuvwxyz")
+LETTERS[Kind.BACKWARD_WEIGHT] = LETTERS[Kind.BACKWARD].upper()
+LEGEND = "0 1 2 forward; a b c backward, or its half for inputs; A B C its half for weights"
+COLORS = {Kind.FORWARD: "C0", Kind.BACKWARD: "C1", Kind.BACKWARD_INPUT: "C1", Kind.BACKWARD_WEIGHT: "C2"}
+NAMES = {kind: kind.value for kind in COLORS}
+
+
+def text(proof: Proof, placement: Placement, columns_per_unit: float = 1.0) -> str:
+    """A line for each stage, and below it the chunks if there are several: a column is so much time.
+
+    Micro-batches beyond the last letter begin again at the first.
+    """
+    width = round(proof.makespan * columns_per_unit)
+    lines = []
+    for stage, spans in enumerate(proof.spans):
+        head = f"stage {stage}  "
+        lines.append(head + _line(spans, width, columns_per_unit, chunks=False))
+        if placement.num_chunks > 1:
+            lines.append(" " * len(head) + _line(spans, width, columns_per_unit, chunks=True).replace(".", " "))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _line(spans: list[Span], width: int, columns_per_unit: float, *, chunks: bool) -> str:
+    line = ["."] * width
+    for span in spans:
+        step, letters = span.instruction, LETTERS[span.instruction.kind]
+        letter = str(step.chunk % 10) if chunks else letters[step.micro_batch % len(letters)]
+        for column in range(round(span.start * columns_per_unit), round(span.stop * columns_per_unit)):
+            line[column] = letter
+    return "".join(line)
+
+
+def draw(file: Path, proof: Proof, title: str, unit: str) -> None:
+    """A row for each stage, later chunks paler; PNG, SVG or PDF as the file's name ends."""
+    from matplotlib.figure import Figure
+
+    num_stages = len(proof.spans)
+    figure = Figure(figsize=(10, 1.2 + 0.5 * num_stages), layout="constrained")
+    panel = figure.subplots()
+    named = set()
+    num_spans = max(map(len, proof.spans), default=0)
+    for stage, spans in enumerate(proof.spans):
+        for span in spans:
+            step = span.instruction
+            label = None if NAMES[step.kind] in named else NAMES[step.kind]
+            named.add(NAMES[step.kind])
+            length = span.stop - span.start
+            bar = panel.barh(stage, length, left=span.start, height=0.9, color=COLORS[step.kind], label=label)[0]
+            bar.set(alpha=0.9 / (1 + step.chunk), edgecolor="white", linewidth=0.5)
+            if num_spans <= 64:
+                panel.text(span.start + length / 2, stage, str(step.micro_batch), ha="center", va="center", fontsize=7)
+    panel.set(yticks=range(num_stages), yticklabels=[f"stage {stage}" for stage in range(num_stages)], xlabel=unit)
+    panel.invert_yaxis()
+    panel.set_xlim(0, proof.makespan or 1)
+    panel.set_title(title, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=len(named), frameon=False, fontsize=8)
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,112 @@
+"""`mpitrain plan`: which stage would hold what, how long it would idle and how much it would keep, before any run.
+
+Times are estimates from the number of operations of each block; on one machine they are in proportion to real ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from mpitrain.arrange import TYPICAL_LENGTH, Arrangement, arrange, name_blocks
+from mpitrain.config import Config
+from mpitrain.files import user_path
+from mpitrain.model.bert import parameter_shapes
+from mpitrain.model.card import ModelCard, resolve_model
+from mpitrain.model.cost import block_costs
+from mpitrain.observe.console import Console
+from mpitrain.pipeline.draw import LEGEND, draw, text
+from mpitrain.pipeline.messages import program
+from mpitrain.pipeline.prove import Proof, Times, play
+from mpitrain.problem import read_card
+from mpitrain.runtime.agree import Comm, together
+from mpitrain.split import part
+
+NUM_LABELS = 9  # as in CoNLL-2003; the head is small
+COLUMNS = 96
+
+
+def plan(comm: Comm, config: Config, console: Console, *, num_ranks: int, show_schedule: bool) -> None:
+    """Print the plan, and with `--out` draw the schedule as schedule.png and schedule.svg (collective).
+
+    Raises:
+        UsageError: mesh, layers and schedule do not fit each other, the ranks or the model.
+    """
+    with together(comm, "planning"):
+        if comm.rank == 0:
+            card = read_card(resolve_model(config.model))
+            arrangement = arrange(num_ranks, config, card, NUM_LABELS)
+            num_micro_batches = part(0, config.train.micro_batches, arrangement.data)[1]
+            proof = prove(arrangement, card, num_micro_batches)
+            _say(console, config, card, arrangement, proof, num_micro_batches)
+            if show_schedule:
+                _show(console, config.out, arrangement, proof)
+
+
+def prove(arrangement: Arrangement, card: ModelCard, num_micro_batches: int) -> Proof:
+    """Play the schedule, times in proportion to the cost of each chunk; all blocks, forward and backward, take 1."""
+    costs = block_costs(card, NUM_LABELS, TYPICAL_LENGTH)
+    chunks = [sum(costs[first:last]) / sum(costs) for first, last in arrangement.chunks]
+    times = Times([chunk / 3 for chunk in chunks], [2 * chunk / 3 for chunk in chunks], [chunk / 3 for chunk in chunks])
+    told = [program(arrangement.schedule, stage, num_micro_batches) for stage in range(arrangement.pipe)]
+    return play(told, num_micro_batches, placement=arrangement.schedule.placement, times=times)
+
+
+def _say(
+    console: Console,
+    config: Config,
+    card: ModelCard,
+    arrangement: Arrangement,
+    proof: Proof,
+    num_micro_batches: int,
+) -> None:
+    num_ranks = arrangement.data * arrangement.pipe
+    console.say("mesh", f"{num_ranks} rank(s) = {arrangement.data} data x {arrangement.pipe} pipe")
+    console.say(
+        "plan",
+        f"{config.model}, {arrangement.schedule.name}, up to {num_micro_batches} micro-batches a replica and step; "
+        f"stages idle {proof.bubble:.1%} of the time",
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("stage", "blocks"):
+        table.add_column(name)
+    for name in ("parameters", "busy", "micro-batches kept"):
+        table.add_column(name, justify="right")
+    sizes = _sizes(card)
+    num_chunks = arrangement.schedule.placement.num_chunks
+    for stage, chunks in enumerate(arrangement.stages):
+        parameters = sum(sizes[block] for first, last in chunks for block in range(first, last))
+        kept = f"{proof.peak_live[stage] / num_chunks:g}"
+        busy = f"{proof.busy[stage] / proof.makespan:.1%}"
+        table.add_row(str(stage), name_blocks(chunks, card), f"{parameters:,}", busy, kept)
+    console.show(table)
+
+
+def _sizes(card: ModelCard) -> list[int]:
+    """Parameters of each block."""
+    sizes = [0] * (card.num_hidden_layers + 2)
+    for name, shape in parameter_shapes(card, NUM_LABELS).items():
+        block = 0 if name.startswith("bert.embeddings.") else card.num_hidden_layers + 1
+        if name.startswith("bert.encoder.layer."):
+            block = 1 + int(name.split(".")[3])
+        count = 1
+        for length in shape:
+            count *= length
+        sizes[block] += count
+    return sizes
+
+
+def _show(console: Console, out: Path | None, arrangement: Arrangement, proof: Proof) -> None:
+    placement = arrangement.schedule.placement
+    console.show(Text(text(proof, placement, COLUMNS / proof.makespan if proof.makespan else 1.0)))
+    console.show(Text(f"{LEGEND}{'; below: the chunk' if placement.num_chunks > 1 else ''}", style="dim"))
+    if out is None:
+        return
+    with user_path("--out", out):
+        out.mkdir(parents=True, exist_ok=True)
+        title = f"{arrangement.schedule.name}, {arrangement.pipe} stages: idle {proof.bubble:.1%}"
+        for ending in ("png", "svg"):
+            draw(out / f"schedule.{ending}", proof, title, "time, in passes of a micro-batch through the whole model")
+    console.say("written", f"{out / 'schedule.png'}, {out / 'schedule.svg'}")

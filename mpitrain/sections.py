@@ -1,0 +1,148 @@
+"""The sections of a run's configuration: every field with its meaning, its default and what it may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v")
+
+
+def _numbers(value: Any) -> Any:
+    """`3,3,4,2` on a command line or in a variable is a list of numbers."""
+    return value.strip("[]").split(",") if isinstance(value, str) else value
+
+
+def _schedule(value: str) -> str:
+    if value not in SCHEDULES and not value.endswith(".csv"):
+        raise ValueError(f"should be one of {', '.join(SCHEDULES)}, or a file that ends with .csv")
+    return value
+
+
+class Section(BaseModel):
+    """A part of the configuration; the text under a field is its help."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+class Mesh(Section):
+    """How the ranks are arranged; what is not given is chosen and printed."""
+
+    data: PositiveInt | None = None
+    """replicas of the model, each trained on its share of every batch"""
+    pipe: PositiveInt | None = None
+    """stages that a replica's layers are spread over"""
+    tensor: Literal[1] | None = None
+    """ranks that share each layer (only 1 in this version)"""
+
+
+class Pipeline(Section):
+    """How a replica's stages work together."""
+
+    schedule: Annotated[str, AfterValidator(_schedule)] = "1f1b"
+    """order of forward and backward passes: 1f1b, gpipe, interleaved, zb-h1, zb-v, or a CSV file of one's own (a row a
+    stage; cells such as 0F3, 0B3, 0I3, 0W3 as torch.distributed.pipelining has them)"""
+    chunks: Annotated[int, Field(ge=2)] = 2
+    """parts of the model on each stage, with schedule interleaved"""
+    layers: Annotated[tuple[int, ...] | None, BeforeValidator(_numbers)] = None
+    """encoder layers per stage by hand, such as 3,3,4,2 (of several chunks: of each, in the model's order); by
+    estimated cost if not given"""
+
+
+class Train(Section):
+    """The recipe of optimisation."""
+
+    batch_size: PositiveInt = 32
+    """sequences in the global batch of one step"""
+    micro_batches: PositiveInt = 8
+    """parts of equal cost that the global batch is cut into, whatever the mesh"""
+    epochs: PositiveInt = 3
+    """times that every sequence is trained on"""
+    max_steps: PositiveInt | None = None
+    """stop after this many steps, even in the middle of an epoch"""
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """peak learning rate; if not given 5e-5 for pretrained weights, 1e-3 from scratch"""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """share of the steps in which the learning rate rises linearly; then it falls linearly to 0"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's decay, not applied to biases and LayerNorm"""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """decay of AdamW's first moment"""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """decay of AdamW's second moment"""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """added to AdamW's denominator"""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """gradients are scaled down to this global norm"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """dropout everywhere in the model; the model card's if not given"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """dtype of weights and activations in the passes; master weights are always fp32"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """of fp32 products: high and medium round their factors to TF32 or bf16 where the hardware gains by it"""
+    linear: Literal["auto", "torch", "onednn"] = "auto"
+    """library of fp32 products on a CPU: the one torch takes, or oneDNN; auto is the faster one in a check at start"""
+    recompute: Literal["none", "attention", "block"] = "none"
+    """what the backward pass computes again instead of keeping it: scores and probabilities of attention, or all but
+    the input of each layer; less memory, more time"""
+    reproducible: bool = False
+    """the same bits on any data x pipe mesh of powers of two, with the same threads per rank: gradients are summed in
+    fp32 by a tree, in place of --comm.algorithm; slower"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """of initial weights, order of the data, dropout"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one"""
+    threads: PositiveInt | None = None
+    """compute threads per rank; else OMP_NUM_THREADS; else an even share of the cores that this rank may use"""
+    early_stopping: Annotated[int, Field(ge=0)] = 0
+    """stop after this many evaluations without a better dev F1; 0 is off"""
+    max_skipped_steps: PositiveInt = 10
+    """give up after this many steps in a row whose gradients are not finite"""
+
+
+class Tokenizer(Section):
+    """Word pieces, for models that bring no tokenizer of their own."""
+
+    path: Path | None = None
+    """a directory with tokenizer.json or vocab.txt; one is trained on the train split if not given"""
+    vocab_size: Annotated[int, Field(ge=64, le=1_000_000)] = 4096
+    """word pieces of a tokenizer that is trained here"""
+
+
+class Checkpoint(Section):
+    """What a run can be resumed from."""
+
+    every: PositiveInt = 200
+    """steps between checkpoints; there is always one at the end"""
+    keep: PositiveInt = 3
+    """newest checkpoints that are kept"""
+    best: bool = True
+    """save and keep the checkpoint with the best dev F1 too"""
+
+
+class Comm(Section):
+    """How gradients travel."""
+
+    algorithm: Literal["auto", "ring", "node", "native"] = "auto"
+    """node shares memory between the ranks of a node, with rings between nodes; ring sends messages between all ranks;
+    native is MPI_Reduce_scatter and MPI_Allgatherv; auto is node on CPUs where replicas share a node whose /dev/shm
+    has room, else ring"""
+    wire_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """dtype of gradients in messages (with node: between nodes); sums are made in fp32; auto is fp32"""
+    error_feedback: bool = False
+    """with wire_dtype bf16: what rounding loses of a partial sum is sent in the next step; 4 bytes a parameter"""
+    bucket_mib: Annotated[float, Field(gt=0, le=1024)] = 8.0
+    """MiB of gradients that are reduced together"""
+    gpu: Literal["auto", "direct", "staged"] = "auto"
+    """how a GPU's memory reaches MPI: direct, or staged through pinned host memory; auto is direct where the MPI
+    library says that it takes device memory and a check in a child process agrees"""
+
+    @model_validator(mode="after")
+    def _wire_fits(self) -> Self:
+        if self.algorithm == "native" and self.wire_dtype == "bf16":
+            raise ValueError("--comm.algorithm native sums in fp32 on the wire; take --comm.wire_dtype fp32, or ring")
+        if self.error_feedback and self.wire_dtype != "bf16":
+            raise ValueError("--comm.error_feedback sends what a bf16 wire loses; take --comm.wire_dtype bf16 as well")
+        return self
