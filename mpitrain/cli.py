@@ -198,10 +198,12 @@ def _evaluate(world: Any, options: argparse.Namespace, settings: Config, console
 
 
 def _predict(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    from mpitrain.predict import predict
+    from mpitrain.predict import check_input, predict
     from mpitrain.restore import open_checkpoint, restore_stage
 
-    trained = open_checkpoint(world, _needed(options.checkpoint), console)
+    directory = _needed(options.checkpoint)
+    check_input(world, options.input)
+    trained = open_checkpoint(world, directory, console)
     place, executor = restore_stage(world, settings, trained, console)
     number = predict(
         executor,

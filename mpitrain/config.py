@@ -152,7 +152,7 @@ def describe(mistake: Any, prefix: str = "") -> str:
     field = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("function-")) or "table"
     if mistake["type"] == "value_error" and isinstance(mistake["input"], dict):  # of several fields, which it names
         text = str(mistake["msg"]).removeprefix("Value error, ")
-        return f"{prefix}{field}: {text}" if mistake["loc"] else text
+        return f"{prefix}{field}: {text}" if mistake["loc"] and not text.startswith(prefix or " ") else text
     if mistake["type"] == "extra_forbidden":
         return f"{prefix}{field}: no such field; found {mistake['input']!r}"
     return f"{prefix}{field}: {mistake['msg'][:1].lower()}{mistake['msg'][1:]}; found {mistake['input']!r}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mpitrain.comm.buckets import Bucket, Piece, StateSlice, sum_of_squares
+from mpitrain.comm.buckets import Bucket, Piece, StateSlice, square_sum
 from mpitrain.sections import Train
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -65,9 +65,9 @@ class ShardedAdamW:
 
     def squared_norm(self) -> float:
         """Sum of squares of the owned gradients; summed over all ranks each parameter counts once."""
-        known = sum(bucket.squares for bucket in self._buckets if bucket.squares is not None)
-        others = [piece.gradients for bucket in self._buckets if bucket.squares is None for piece in bucket.pieces]
-        return known + sum_of_squares(torch._foreach_norm(others) if others else ())
+        known = [bucket.squares for bucket in self._buckets if bucket.squares is not None]
+        others = [square_sum(bucket.reduced) for bucket in self._buckets if bucket.squares is None]
+        return float(sum(known) + sum(others))
 
     def gradients(self) -> list[torch.Tensor]:
         """What this rank owns of all gradients, fp32, flat."""

@@ -72,6 +72,13 @@ def predict(
     return number
 
 
+def check_input(comm: Comm, source: str) -> None:
+    """Raise what `predict` would raise of an input that cannot be opened, before anything is loaded (collective)."""
+    with together(comm, f"opening {source}"):
+        if comm.rank == 0 and source != "-":
+            _open_input(source).close()
+
+
 def _open_input(source: str) -> BinaryIO:
     try:
         return sys.stdin.buffer if source == "-" else Path(source).open("rb")

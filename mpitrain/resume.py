@@ -203,7 +203,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "data": mesh.num_replicas,
             "pipe": mesh.num_stages,
             "tensor": 1,
-            "stages": run.place.arrangement.stages,
+            "stages": [[list(blocks) for blocks in chunks] for chunks in run.place.arrangement.stages],
         },
         "exchange": run.stepper.exchange.name,
         "linear": linear.in_use() if _uses_library(run) else None,

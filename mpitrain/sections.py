@@ -94,7 +94,7 @@ class Train(Section):
     """of initial weights, order of the data, dropout"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """compute threads per rank; else OMP_NUM_THREADS; else an even share of the cores that this rank may use"""
     early_stopping: Annotated[int, Field(ge=0)] = 0
     """stop after this many evaluations without a better dev F1; 0 is off"""

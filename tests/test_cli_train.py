@@ -204,13 +204,15 @@ def test_residuals_of_error_feedback_are_resumed_or_begin_anew_with_a_warning(pr
     assert all(0 < error < 2**-7 for line in metrics_of(whole) for stage in line["wire_error"] for error in stage)
 
 
-@pytest.mark.parametrize("data, pipe", [(1, 1), (2, 1), (1, 2), (3, 1)])
+@pytest.mark.parametrize(
+    "data, pipe, schedule", [(1, 1, "1f1b"), (2, 1, "1f1b"), (1, 2, "zb-v"), (1, 3, "interleaved"), (3, 1, "1f1b")]
+)
 def test_a_run_resumed_on_another_mesh_goes_on_with_the_same_data_and_losses(
-    problem, stopped, uninterrupted, data, pipe
+    problem, stopped, uninterrupted, data, pipe, schedule
 ):
     place, flags, environment = problem
     out = f"moved-{data}x{pipe}"
-    mesh = ("--mesh.data", str(data), "--mesh.pipe", str(pipe))
+    mesh = ("--mesh.data", str(data), "--mesh.pipe", str(pipe), "--pipeline.schedule", schedule)
     done = mpitrain(data * pipe, *flags, *mesh, "--resume", "stopped", "--out", out, cwd=place, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     first = exit_of(stopped)["step"]

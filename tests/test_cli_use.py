@@ -17,6 +17,7 @@ from seqeval.metrics import accuracy_score, f1_score
 from tiny import make_tiny
 
 MESHES = {"one rank": (1,), "two ranks": (2,), "three ranks": (3,), "two stages": (2, "--mesh.pipe", "2")}
+MESHES["a V of two stages"] = (2, "--mesh.pipe", "2", "--pipeline.schedule", "zb-v")
 # An empty word, a mark without width, a blank inside, one that BERT's text clean-up deletes, one of 600 pieces,
 # one that no piece fits, and texts of special tokens.
 WEIRD = ["Maria", "", "\u200e", "New\u00a0York", "\ufffd", "-" * 600, "\u4e09" * 3, "[SEP]", "\u2028", "#", "."]

@@ -53,6 +53,13 @@ def test_what_suits_the_maker_is_taken_unless_it_is_much_slower_on_all_ranks_tog
     assert chosen(comm) == expected
 
 
+def test_a_check_that_others_do_not_confirm_decides_nothing(comm, monkeypatch):
+    found = iter([{"onednn": 1.0, "torch": 9.0}] * 2 + [{"onednn": 1.0, "torch": 1.0}])
+    monkeypatch.setattr(linear, "suits_maker", lambda: "torch")
+    monkeypatch.setattr(linear, "time_libraries", lambda: next(found))
+    assert chosen(comm) == "torch"
+
+
 def test_a_small_difference_decides_nothing(comm, monkeypatch):
     monkeypatch.setattr(linear, "suits_maker", lambda: "torch")
     monkeypatch.setattr(linear, "time_libraries", lambda: {"onednn": 1.0, "torch": 1.4})

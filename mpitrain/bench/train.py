@@ -70,10 +70,9 @@ def bench_train(
     products = Products(card, DTYPES[config.train.precision], device)
     turns: list[Turn] = []
     for _ in range(repeats):
-        comm.Barrier()
-        products.turn()
+        products.turn(comm)
         turns.append(work.run(steps))
-    peak = sum(collect(comm, products.rate()))
+    peak = products.rate()
     tokens_per_second = float(np.median([turn.tokens / turn.seconds for turn in turns]))
     shapes = parameter_shapes(card, len(work.problem.label_names))
     num_weights = sum(prod(shape) for name, shape in shapes.items() if ".embeddings." not in name)
@@ -113,16 +112,18 @@ class Products:
         self._libraries = linear.LIBRARIES if choice else (linear.in_use(),)
         self._rates: dict[tuple[int, str], list[float]] = defaultdict(list)
 
-    def turn(self) -> None:
-        """Time every shape by every library."""
+    def turn(self, comm: Comm) -> None:
+        """Time every shape by every library, on all ranks together: they may have to share cores (collective)."""
         before = linear.in_use()
         for number, (x, weight) in enumerate(self._factors):
             for library in self._libraries:
                 linear.use(library)
                 self._once(x, weight)
+                comm.Barrier()
                 began = perf_counter()
                 self._once(x, weight)
-                flop = 2 * x.numel() * len(weight)
+                comm.Barrier()
+                flop = 2 * x.numel() * len(weight) * comm.size
                 self._rates[number, library].append(flop / (perf_counter() - began))
         linear.use(before)
 
@@ -132,7 +133,7 @@ class Products:
             torch.cuda.synchronize(self._device)
 
     def rate(self) -> float:
-        """FLOP per second of the fastest, a median over turns."""
+        """FLOP per second of all ranks in the fastest, a median over turns; rank 0's clock counts."""
         return max(float(np.median(rates)) for rates in self._rates.values())
 
 
@@ -209,7 +210,7 @@ def table_of(figures: dict[str, Any]) -> Table:
     model, peak = (figures[f"{name}_flop_per_second"] / 1e9 for name in ("model", "product"))
     table.caption = (
         f"{figures['tokens_per_second']:,.0f} tokens/s: {model:,.0f} GFLOP/s, {figures['utilisation']:.2f} of the "
-        f"{peak:,.0f} that products reach; peak memory of a rank {max(figures['peak_memory']) / 2**30:.2f} GiB"
+        f"{peak:,.0f} GFLOP/s that products reach; peak memory of a rank {max(figures['peak_memory']) / 2**30:.2f} GiB"
     )
     table.caption_justify = "left"
     return table

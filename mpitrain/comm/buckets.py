@@ -204,9 +204,13 @@ class Bucket:
         del self.weights, self.gradients, self.reduced
 
 
-def sum_of_squares(norms: Sequence[torch.Tensor]) -> float:
-    """Of the elements of all tensors that have these norms, added up in fp64."""
-    return float(torch.stack(list(norms)).double().square().sum()) if norms else 0.0
+def square_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum of squares of fp32 [n * UNIT], a fp64 scalar: in fp32 only within units.
+
+    torch's own norm of so many numbers at once loses 2e-5 of it at a million elements, 5e-4 at 8 million.
+    """
+    norms = torch.linalg.vector_norm(values.view(-1, UNIT), dim=1).double()
+    return torch.dot(norms, norms)
 
 
 def fill_buckets(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from mpitrain.comm import ring, rows
-from mpitrain.comm.buckets import Bucket, sum_of_squares
+from mpitrain.comm.buckets import Bucket, square_sum
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.segments import Landing
@@ -123,14 +123,15 @@ class NodeExchange(Exchange):
         if touched is not None:
             self._reduce_rows(number, touched)
             return
-        norms: list[torch.Tensor] | None = [] if self._alone and self.wants_squares else None
+        squares: list[torch.Tensor] = []
         for summed, *others in self._shares[number].chunks:
             for other in others:
                 summed += other
             # These sums are final, and still in the core's cache: who clips need not read them again.
-            if norms is not None:
-                norms.append(torch.linalg.vector_norm(summed))
-        self.buckets[number].squares = None if norms is None else sum_of_squares(norms)
+            if self._alone and self.wants_squares:
+                squares.append(square_sum(summed))
+        if self._alone and self.wants_squares:
+            self.buckets[number].squares = float(sum(squares))
         self._sums[number]()
 
     def _announce_rows(self, number: int) -> torch.Tensor:
@@ -154,7 +155,7 @@ class NodeExchange(Exchange):
             blocks.append(theirs)
         touched = torch.unique(torch.cat(blocks))
         if self._alone and self.wants_squares:
-            bucket.squares = sum_of_squares([torch.linalg.vector_norm(summed.index_select(0, touched))])
+            bucket.squares = float(square_sum(summed.index_select(0, touched)))
         arrived = rows.reduce_scatter(
             self._partners, share.summed, touched, self.reducing, self._wires[number], self._sums[number]
         )

@@ -84,6 +84,18 @@ def postponed(work: list[Callable[[], None]]) -> Iterator[None]:
         _postponed = before
 
 
+def rounds(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's float32_matmul_precision, as it is set, changes products by the library in use."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(256, 256, generator=generator).to(device, dtype) for _ in range(2))
+    asked = torch.get_float32_matmul_precision()
+    rounded = product(x, weight)
+    torch.set_float32_matmul_precision("highest")
+    exact = product(x, weight)
+    torch.set_float32_matmul_precision(asked)
+    return not torch.equal(rounded, exact)
+
+
 class _Linear(torch.autograd.Function):
     """Several linear layers with one input as one; the backward pass is two more products of the same kind."""
 

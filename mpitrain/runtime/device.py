@@ -53,6 +53,9 @@ def place_on_node(comm: Comm) -> tuple[int, int]:
     return place
 
 
+MOST_THREADS = 1024  # of a rank; thousands end in a crash of the library of threads
+
+
 @dataclass(frozen=True)
 class Cores:
     """Where this rank's threads run.
@@ -62,12 +65,14 @@ class Cores:
         crowded: ranks outnumber cores, on some node.
         excess: ranks of the job with more threads than their share of the cores has room for.
         binding: to which of this node's cores this rank is bound, and whether the others are elsewhere, in words.
+        misread: what OMP_NUM_THREADS says if that is no number of threads.
     """
 
     num_threads: int
     crowded: bool
     excess: int
     binding: str
+    misread: str = ""
 
 
 def share_cores(comm: Comm, threads: int | None) -> Cores:
@@ -83,13 +88,15 @@ def share_cores(comm: Comm, threads: int | None) -> Cores:
     share = sum(Fraction(1, held[core]) for core in mine)
     node.Free()
     told = os.environ.get("OMP_NUM_THREADS", "")  # job scripts say it there
-    num_threads = threads or (int(told) if told.isdigit() and int(told) else max(1, int(share)))
+    outermost = told.partition(",")[0].strip()  # others are for regions inside of parallel regions
+    understood = outermost.isdigit() and 1 <= int(outermost) <= MOST_THREADS
+    num_threads = threads or (int(outermost) if understood else max(1, int(share)))
     torch.set_num_threads(num_threads)
     excess = sum(collect(comm, num_threads > max(1, share)))
     binding = f"on core(s) {_ranges(mine)} of {os.cpu_count()}"
     binding += "" if masks.count(mine) == len(masks) else ", others on others"
     crowded = len(masks) > len(held) or masks.count(mine) > len(mine)
-    return Cores(num_threads, any_rank(comm, crowded), excess, binding)
+    return Cores(num_threads, any_rank(comm, crowded), excess, binding, "" if understood else told)
 
 
 def _ranges(numbers: list[int]) -> str:

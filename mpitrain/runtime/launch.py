@@ -80,6 +80,8 @@ def start() -> Any:
     nap_precisely()
     # Harmless where ranks have cores of their own; where they share them MPICH then yields while it waits.
     os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
+    # Open MPI's windows by UCX complain on every rank; ours are in memory that a node shares, never by UCX.
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
     mpi = import_mpi()
     install_abort_hooks(mpi.COMM_WORLD)
     check_launch(mpi.COMM_WORLD.size)

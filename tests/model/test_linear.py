@@ -35,6 +35,29 @@ def test_values_and_gradients_are_those_of_torch(library, rows, inputs, outputs)
         torch.testing.assert_close(mine.grad.double(), reference.grad, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_weights_that_are_put_off_are_the_same_and_come_when_they_are_called(dtype):
+    torch.manual_seed(0)
+    x, *parameters = (
+        torch.randn(shape, dtype=dtype).requires_grad_() for shape in ((5, 8), (3, 8), (4, 8), (3,), (4,))
+    )
+    module.stacked_linear(x, parameters[:2], parameters[2:]).square().sum().backward()
+    expected = [each.grad for each in (x, *parameters)]
+    for each in (x, *parameters):
+        each.grad = None
+    work: list = []
+    with module.postponed(work):
+        module.stacked_linear(x, parameters[:2], parameters[2:]).square().sum().backward()
+    assert torch.equal(x.grad, expected[0])
+    assert [each.grad for each in parameters] == [None] * 4
+    arrived = []
+    parameters[0].register_post_accumulate_grad_hook(lambda parameter: arrived.append(parameter.grad))
+    for each in work:
+        each()
+    assert all(torch.equal(each.grad, wanted) for each, wanted in zip(parameters, expected[1:], strict=True))
+    assert len(arrived) == 1, "as from a backward pass"
+
+
 @pytest.mark.parametrize("library", module.LIBRARIES)
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])

@@ -39,6 +39,11 @@ def test_ranks_share_the_cores_that_they_have_in_common(comm, monkeypatch, name)
     assert share_cores(comm, 2).excess == excess
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert share_cores(comm, None).num_threads == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,1")
+    assert share_cores(comm, None).num_threads == 3
+    for wrong in ("abc", "0", "-2", "99999"):
+        monkeypatch.setenv("OMP_NUM_THREADS", wrong)
+        assert share_cores(comm, None).misread == wrong
 
 
 @pytest.mark.mpi(min_size=1)
