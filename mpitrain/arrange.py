@@ -12,7 +12,7 @@ from mpitrain.model.card import ModelCard
 from mpitrain.model.cost import block_costs
 from mpitrain.pipeline.balance import by_hand, choose_mesh, split_blocks, split_chunks
 from mpitrain.pipeline.schedule import SCHEDULES, Schedule, num_chunks_of
-from mpitrain.pipeline.table import read_schedule
+from mpitrain.pipeline.table import num_rows, read_schedule, read_text
 from mpitrain.runtime.mesh import check_shape
 from mpitrain.split import part
 
@@ -45,7 +45,15 @@ class Arrangement:
         return [[self.chunks[place] for place in places] for places in self.schedule.placement.places]
 
 
-def arrange(num_ranks: int, config: Config, card: ModelCard, num_labels: int, pipe: int | None = None) -> Arrangement:
+def arrange(
+    num_ranks: int,
+    config: Config,
+    card: ModelCard,
+    num_labels: int,
+    *,
+    table: str | None = None,
+    pipe: int | None = None,
+) -> Arrangement:
     """What was asked for, and choices where nothing was.
 
     Args:
@@ -53,36 +61,41 @@ def arrange(num_ranks: int, config: Config, card: ModelCard, num_labels: int, pi
         config: mesh, pipeline and micro-batches.
         card: the model.
         num_labels: of its head.
+        table: text of the file that is the schedule, if one is.
         pipe: number of stages if neither axis is given, instead of the rule for training.
 
     Raises:
         UsageError: mesh, layers and schedule do not fit each other, the ranks or the model.
     """
-    data, num_stages = _mesh_shape(num_ranks, config, card, pipe)
+    data, num_stages = _mesh_shape(num_ranks, config, card, table, pipe)
     check_shape(num_ranks, data, num_stages)
-    schedule = _find_schedule(config, data, num_stages)
+    name = config.pipeline.schedule
+    if table is not None:
+        schedule = read_schedule(name, table, num_stages, part(0, config.train.micro_batches, data)[1])
+    else:
+        schedule = SCHEDULES[name](num_stages, config.pipeline.chunks)
     return Arrangement(data, schedule, _split_model(config, card, num_labels, schedule))
 
 
-def _mesh_shape(num_ranks: int, config: Config, card: ModelCard, pipe: int | None) -> tuple[int, int]:
+def read_table(config: Config) -> str | None:
+    """The text of the file that is the schedule, if one is: to be read by one rank."""
+    return None if config.pipeline.schedule in SCHEDULES else read_text(config.pipeline.schedule)
+
+
+def _mesh_shape(
+    num_ranks: int, config: Config, card: ModelCard, table: str | None, pipe: int | None
+) -> tuple[int, int]:
     data, stages = config.mesh.data, config.mesh.pipe
     if data is None and stages is None:
         num_chunks = num_chunks_of(config.pipeline.schedule, config.pipeline.chunks)
-        if pipe is not None:
-            return num_ranks // pipe, pipe
-        if config.pipeline.layers is not None:
-            stages = max(1, len(config.pipeline.layers) // num_chunks)
-            return max(1, num_ranks // stages), stages
-        return choose_mesh(num_ranks, card.num_hidden_layers // num_chunks, config.train.micro_batches)
+        if table is not None:
+            pipe = max(1, num_rows(table))
+        if pipe is None and config.pipeline.layers is not None:
+            pipe = max(1, len(config.pipeline.layers) // num_chunks)
+        if pipe is None:
+            return choose_mesh(num_ranks, card.num_hidden_layers // num_chunks, config.train.micro_batches)
+        return max(1, num_ranks // pipe), pipe
     return data or max(1, num_ranks // (stages or 1)), stages or max(1, num_ranks // (data or 1))
-
-
-def _find_schedule(config: Config, data: int, num_stages: int) -> Schedule:
-    name = config.pipeline.schedule
-    if name not in SCHEDULES:
-        num_micro_batches = part(0, config.train.micro_batches, data)[1]
-        return read_schedule(name, num_stages, num_micro_batches)
-    return SCHEDULES[name](num_stages, config.pipeline.chunks)
 
 
 def _split_model(config: Config, card: ModelCard, num_labels: int, schedule: Schedule) -> list[Blocks]:
@@ -90,9 +103,9 @@ def _split_model(config: Config, card: ModelCard, num_labels: int, schedule: Sch
     num_places, layers = len(schedule.placement.holders), config.pipeline.layers
     if num_chunks > 1 and num_places > num_blocks(card):
         raise UsageError(
-            f"mesh.pipe: {num_stages} stages of {num_chunks} chunks are {num_places} parts, each of which needs a "
-            f"block; the model has {num_blocks(card)} (embeddings, {card.num_hidden_layers} layers, head); use "
-            f"--mesh.pipe {num_blocks(card) // num_chunks} or less"
+            f"pipeline.schedule: {num_stages} stages have {num_places} chunks, each of which needs a block; the "
+            f"model has {num_blocks(card)} (embeddings, {card.num_hidden_layers} layers, head); fewer stages or chunks "
+            "would work"
         )
     costs = block_costs(card, num_labels, TYPICAL_LENGTH)
     if layers is None and num_chunks > 1:

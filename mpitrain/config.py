@@ -63,7 +63,10 @@ class Config(BaseSettings):
                 "--train.reproducible sums in fp32, by a tree; leave --comm.algorithm and --comm.wire_dtype at auto"
             )
         if self.train.reproducible and self.pipeline.schedule not in ("1f1b", "gpipe"):
-            raise ValueError("--train.reproducible needs whole backward passes; take --pipeline.schedule 1f1b or gpipe")
+            raise ValueError(
+                "--train.reproducible needs stages of one chunk and whole backward passes; "
+                "take --pipeline.schedule 1f1b or gpipe"
+            )
         return self
 
     @model_validator(mode="after")

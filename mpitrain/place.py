@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mpitrain.arrange import Arrangement, Blocks, arrange, name_blocks
+from mpitrain.arrange import Arrangement, Blocks, arrange, name_blocks, read_table
 from mpitrain.comm import gpu
 from mpitrain.comm.buffers import Transport
 from mpitrain.config import Config
@@ -18,7 +18,7 @@ from mpitrain.observe.console import Console
 from mpitrain.pipeline.executor import Executor
 from mpitrain.problem import Problem
 from mpitrain.runtime import mesh as meshes
-from mpitrain.runtime.agree import Comm, any_rank, attempt, collect
+from mpitrain.runtime.agree import Comm, any_rank, attempt, attempt_at_root, collect
 from mpitrain.runtime.device import Cores, choose_device, keep_freed_memory, place_on_node, share_cores
 from mpitrain.runtime.launch import library_version
 from mpitrain.runtime.mesh import Mesh
@@ -52,10 +52,11 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     if device.type == "cpu":
         keep_freed_memory()
     cores = share_cores(comm, config.train.threads)
+    table = attempt_at_root(comm, "reading --pipeline.schedule", lambda: read_table(config))
     arrangement = attempt(
         comm,
         "choosing the mesh",
-        lambda: arrange(comm.size, config, problem.card, len(problem.label_names), pipe),
+        lambda: arrange(comm.size, config, problem.card, len(problem.label_names), table=table, pipe=pipe),
     )
     direct, why = gpu.decide(comm, device, config.comm.gpu) if device.type == "cuda" else (True, "")
     if device.type == "cpu" and config.comm.gpu != "auto":

@@ -5,12 +5,13 @@ Times are estimates from the number of operations of each block; on one machine 
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
-from mpitrain.arrange import TYPICAL_LENGTH, Arrangement, arrange, name_blocks
+from mpitrain.arrange import TYPICAL_LENGTH, Arrangement, arrange, name_blocks, read_table
 from mpitrain.config import Config
 from mpitrain.files import user_path
 from mpitrain.model.bert import parameter_shapes
@@ -37,7 +38,7 @@ def plan(comm: Comm, config: Config, console: Console, *, num_ranks: int, show_s
     with together(comm, "planning"):
         if comm.rank == 0:
             card = read_card(resolve_model(config.model))
-            arrangement = arrange(num_ranks, config, card, NUM_LABELS)
+            arrangement = arrange(num_ranks, config, card, NUM_LABELS, table=read_table(config))
             num_micro_batches = part(0, config.train.micro_batches, arrangement.data)[1]
             proof = prove(arrangement, card, num_micro_batches)
             _say(console, config, card, arrangement, proof, num_micro_batches)
@@ -51,7 +52,7 @@ def prove(arrangement: Arrangement, card: ModelCard, num_micro_batches: int) -> 
     chunks = [sum(costs[first:last]) / sum(costs) for first, last in arrangement.chunks]
     times = Times([chunk / 3 for chunk in chunks], [2 * chunk / 3 for chunk in chunks], [chunk / 3 for chunk in chunks])
     told = [program(arrangement.schedule, stage, num_micro_batches) for stage in range(arrangement.pipe)]
-    return play(told, num_micro_batches, placement=arrangement.schedule.placement, times=times)
+    return play(told, num_micro_batches, placement=arrangement.schedule.placement, times=times, blocking_sends=False)
 
 
 def _say(
@@ -75,10 +76,9 @@ def _say(
     for name in ("parameters", "busy", "micro-batches kept"):
         table.add_column(name, justify="right")
     sizes = _sizes(card)
-    num_chunks = arrangement.schedule.placement.num_chunks
     for stage, chunks in enumerate(arrangement.stages):
         parameters = sum(sizes[block] for first, last in chunks for block in range(first, last))
-        kept = f"{proof.peak_live[stage] / num_chunks:g}"
+        kept = f"{proof.peak_live[stage] / len(chunks):.3g}"
         busy = f"{proof.busy[stage] / proof.makespan:.1%}"
         table.add_row(str(stage), name_blocks(chunks, card), f"{parameters:,}", busy, kept)
     console.show(table)
@@ -91,10 +91,7 @@ def _sizes(card: ModelCard) -> list[int]:
         block = 0 if name.startswith("bert.embeddings.") else card.num_hidden_layers + 1
         if name.startswith("bert.encoder.layer."):
             block = 1 + int(name.split(".")[3])
-        count = 1
-        for length in shape:
-            count *= length
-        sizes[block] += count
+        sizes[block] += prod(shape)
     return sizes
 
 
@@ -107,6 +104,12 @@ def _show(console: Console, out: Path | None, arrangement: Arrangement, proof: P
     with user_path("--out", out):
         out.mkdir(parents=True, exist_ok=True)
         title = f"{arrangement.schedule.name}, {arrangement.pipe} stages: idle {proof.bubble:.1%}"
-        for ending in ("png", "svg"):
-            draw(out / f"schedule.{ending}", proof, title, "time, in passes of a micro-batch through the whole model")
+        try:
+            for ending in ("png", "svg"):
+                draw(
+                    out / f"schedule.{ending}", proof, title, "time, in passes of a micro-batch through the whole model"
+                )
+        except ImportError:
+            console.warn("no picture: matplotlib is not installed; pip install 'mpitrain[report]' brings it")
+            return
     console.say("written", f"{out / 'schedule.png'}, {out / 'schedule.svg'}")

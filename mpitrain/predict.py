@@ -75,7 +75,7 @@ def predict(
 def check_input(comm: Comm, source: str) -> None:
     """Raise what `predict` would raise of an input that cannot be opened, before anything is loaded (collective)."""
     with together(comm, f"opening {source}"):
-        if comm.rank == 0 and source != "-":
+        if comm.rank == 0 and source != "-" and not Path(source).is_fifo():  # a pipe can be opened once
             _open_input(source).close()
 
 

@@ -17,6 +17,7 @@ from mpitrain.model.bert import BertStage, parameter_shapes
 from mpitrain.model.initial import load_weights
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.executor import Executor
+from mpitrain.pipeline.schedule import SCHEDULES
 from mpitrain.place import DTYPES, Place, find_place
 from mpitrain.problem import Problem
 from mpitrain.runtime.agree import Comm, attempt, attempt_at_root
@@ -94,6 +95,8 @@ def restore_stage(comm: Comm, config: Config, trained: Trained, console: Console
     if numerics.get("precision") == "fp16" and choose_device(comm, config.train.device).type == "cpu":
         numerics["precision"] = "fp32"
     config = config.model_copy(update={"train": config.train.model_copy(update=numerics)})
+    if config.pipeline.schedule not in SCHEDULES:  # a file orders the passes of training, which have no part here
+        config = config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"schedule": "1f1b"})})
     place = find_place(comm, config, problem, console, pipe=1)
     console.say("computes", f"in {config.train.precision}; trained in {trained.numerics['precision']}")
     stage = BertStage(problem.card, len(problem.label_names), place.chunks)

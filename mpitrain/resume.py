@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain import __version__
+from mpitrain.arrange import Blocks
 from mpitrain.checkpoint.load import fill, holds, newest_usable, verify
 from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed, find_checkpoint
 from mpitrain.checkpoint.save import forget_after, retain, save
@@ -139,7 +140,8 @@ def say_what_differs(run: Run, place: Path) -> None:
         if run.world.rank == 0:
             then, now = _described(place), describe_run(run)
             train = {key: value for key, value in now["config"]["train"].items() if key not in FREE_TO_CHANGE}
-            for section, settings in (("train", train), ("comm", _comm_of(now))):
+            sections = (("train", train), ("comm", _comm_of(now)), ("pipeline", now["config"]["pipeline"]))
+            for section, settings in sections:
                 for key, value in settings.items():
                     before = then["config"][section].get(key, value)  # an older version may not have had it
                     if before != value:
@@ -148,6 +150,12 @@ def say_what_differs(run: Run, place: Path) -> None:
                 run.console.warn(f"gradients were summed by {then['exchange']}, are by {now['exchange']} from here on")
             if then["num_steps"] != now["num_steps"]:
                 run.console.warn(f"the run was planned for {then['num_steps']} steps, now for {now['num_steps']}")
+
+
+def _listed(chunks: list[Blocks]) -> list[Any]:
+    """As in JSON: [first, last) of a stage, or of each of its chunks."""
+    found = [list(blocks) for blocks in chunks]
+    return found[0] if len(found) == 1 else found
 
 
 def _described(place: Path) -> dict[str, Any]:
@@ -203,7 +211,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "data": mesh.num_replicas,
             "pipe": mesh.num_stages,
             "tensor": 1,
-            "stages": [[list(blocks) for blocks in chunks] for chunks in run.place.arrangement.stages],
+            "stages": [_listed(chunks) for chunks in run.place.arrangement.stages],
         },
         "exchange": run.stepper.exchange.name,
         "linear": linear.in_use() if _uses_library(run) else None,

@@ -86,7 +86,7 @@ class Train(Section):
     """library of fp32 products on a CPU: the one torch takes, or oneDNN; auto is the faster one in a check at start"""
     recompute: Literal["none", "attention", "block"] = "none"
     """what the backward pass computes again instead of keeping it: scores and probabilities of attention, or all but
-    the input of each layer; less memory, more time"""
+    the input of each layer; less memory, more time; saves little with schedules that cut backward passes in halves"""
     reproducible: bool = False
     """the same bits on any data x pipe mesh of powers of two, with the same threads per rank: gradients are summed in
     fp32 by a tree, in place of --comm.algorithm; slower"""

@@ -6,7 +6,7 @@ import pytest
 from small import small_card
 
 from mpitrain import config
-from mpitrain.arrange import arrange, name_blocks
+from mpitrain.arrange import arrange, name_blocks, read_table
 from mpitrain.errors import UsageError
 from mpitrain.pipeline.schedule import SCHEDULES
 
@@ -14,7 +14,8 @@ CARD = small_card().model_copy(update={"num_hidden_layers": 12})
 
 
 def arranged(num_ranks: int, *flags: str, card=CARD):
-    return arrange(num_ranks, config.load(flags), card, 9)
+    settings = config.load(flags)
+    return arrange(num_ranks, settings, card, 9, table=read_table(settings))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -52,7 +53,7 @@ def test_layers_by_hand_are_those_of_each_chunk_and_make_the_mesh():
         (
             8,
             ["--mesh.pipe", "8", "--pipeline.schedule", "zb-v"],
-            "mesh.pipe: 8 stages of 2 chunks are 16 parts, each of which needs a block; the model has 14",
+            "8 stages have 16 chunks, each of which needs a block; the model has 14 .*; fewer stages or chunks",
         ),
         (3, ["--mesh.pipe", "2"], "2 data|1 data x 2 pipe"),
         (2, ["--mesh.pipe", "2", "--pipeline.schedule", "none.csv"], "none.csv: No such file"),
@@ -66,6 +67,12 @@ def test_what_does_not_fit_is_refused(num_ranks, flags, problem):
 def test_halves_of_backward_passes_cannot_be_added_up_by_a_tree():
     with pytest.raises(UsageError, match=r"take --pipeline\.schedule 1f1b or gpipe"):
         config.load(["--train.reproducible", "true", "--pipeline.schedule", "zb-h1"])
+
+
+def test_a_file_makes_the_mesh(tmp_path):
+    (tmp_path / "own.csv").write_text("0F0,0B0\n1F0,1B0\n")
+    found = arranged(4, "--pipeline.schedule", str(tmp_path / "own.csv"), "--train.micro_batches", "2")
+    assert (found.data, found.pipe) == (2, 2)
 
 
 def test_no_such_schedule():

@@ -6,10 +6,11 @@ Blocks are numbered through the model: 0 is the embeddings, 1 to num_layers the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 
 from mpitrain.errors import UsageError
 
+MOST_BRANCHES = 300_000  # half a second
 EVENNESS = 1e-3  # what the longest chunk weighs by the slowest stage: enough to choose between equals
 
 
@@ -64,9 +65,9 @@ def split_blocks(
 def split_chunks(costs: Sequence[float], stages: Sequence[int]) -> list[tuple[int, int]]:
     """Cut the blocks into contiguous chunks, none empty, so that the slowest stage is as fast as can be.
 
-    Among equals the longest chunk is as short as can be: others wait for it to pass. Exact, by branch and bound: a
-    branch ends where it is no better than the best split so far, or where some stage would have to take too much of
-    what is left.
+    Among equals the longest chunk is as short as can be: others wait for it to pass. Exact, by branch and bound, as far
+    as MOST_BRANCHES reach (24 layers do with them), else the best that was found: a branch ends where it is no better
+    than the best split so far, or where some stage would have to take too much of what is left.
 
     Args:
         costs: time of each block, any unit, not negative; there are enough for all chunks.
@@ -76,22 +77,25 @@ def split_chunks(costs: Sequence[float], stages: Sequence[int]) -> list[tuple[in
         (start, stop) of each chunk in blocks.
     """
     before, loads = list(accumulate(costs, initial=0.0)), [0.0] * (max(stages) + 1)
-    least, best, cuts = float("inf"), [0], [0]
+    later = [set(stages[number + 1 :]) for number in range(len(stages))]
+    best, cuts = [0, *(stop for _, stop in split_blocks(costs, len(stages)))], [0]
+    least, branches = _weigh(before, stages, best) * (1 + 1e-9), count()
 
     def cut(longest: float) -> None:
         nonlocal best, least
         number, start = len(cuts) - 1, cuts[-1]
         num_after = len(stages) - number - 1
         if num_after < 0:
-            least, best = max(loads) + EVENNESS * longest, list(cuts)
+            least, best = _weigh(before, stages, cuts), list(cuts)
             return
         stage, load = stages[number], loads[stages[number]]
         for stop in range(start + 1 if num_after else len(costs), len(costs) - num_after + 1):
             chunk = before[stop] - before[start]
             loads[stage] = load + chunk
-            if loads[stage] + EVENNESS * max(longest, chunk) >= least:
+            if loads[stage] + EVENNESS * max(longest, chunk) >= least or next(branches) > MOST_BRANCHES:
                 break
-            if sum(least - each for each in loads) > before[-1] - before[stop]:
+            # What the stages that still get a chunk may take must hold what is left.
+            if not num_after or sum(least - loads[each] for each in later[number]) > before[-1] - before[stop]:
                 cuts.append(stop)
                 cut(max(longest, chunk))
                 cuts.pop()
@@ -99,6 +103,12 @@ def split_chunks(costs: Sequence[float], stages: Sequence[int]) -> list[tuple[in
 
     cut(0.0)
     return list(pairwise(best))
+
+
+def _weigh(before: Sequence[float], stages: Sequence[int], cuts: Sequence[int]) -> float:
+    chunks = [before[stop] - before[start] for start, stop in pairwise(cuts)]
+    loads = [sum(chunk for chunk, at in zip(chunks, stages, strict=True) if at == stage) for stage in set(stages)]
+    return max(loads) + EVENNESS * max(chunks)
 
 
 def by_hand(layers: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
@@ -119,8 +129,8 @@ def by_hand(layers: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
             f"pipeline.layers: {given!r} is {arithmetic} = {sum(layers)} layers, the model has {num_layers}; "
             f"give one count per stage, none negative, that add up to {num_layers}"
         )
-    for stage, count in enumerate(layers[1:-1], 1):
-        if count == 0:
+    for stage, size in enumerate(layers[1:-1], 1):
+        if size == 0:
             raise UsageError(
                 f"pipeline.layers: {given!r} leaves stage {stage} without a block; only the first stage (embeddings) "
                 f"and the last (head) may have 0 layers"

@@ -23,7 +23,7 @@ def text(proof: Proof, placement: Placement, columns_per_unit: float = 1.0) -> s
     width = round(proof.makespan * columns_per_unit)
     lines = []
     for stage, spans in enumerate(proof.spans):
-        head = f"stage {stage}  "
+        head = f"stage {stage:<{len(str(len(proof.spans) - 1))}}  "
         lines.append(head + _line(spans, width, columns_per_unit, chunks=False))
         if placement.num_chunks > 1:
             lines.append(" " * len(head) + _line(spans, width, columns_per_unit, chunks=True).replace(".", " "))

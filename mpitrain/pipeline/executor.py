@@ -55,6 +55,14 @@ class _Flight:
     gradient: torch.Tensor | None = None
     for_weights: list[Callable[[], None]] = field(default_factory=list)
 
+    def made(self, direction: int) -> torch.Tensor:
+        """What the chunk has computed for the next one; a gradient is given away, outputs wait for their backward."""
+        tensor = self.outputs if direction == ACTIVATION else self.gradient
+        assert tensor is not None
+        if direction == GRADIENT:
+            self.gradient = None
+        return tensor.detach()
+
     def take(self, direction: int, tensor: torch.Tensor) -> None:
         """What has come, from wherever."""
         if direction == ACTIVATION:
@@ -167,16 +175,16 @@ class Executor:
                 flight.outputs = token_loss(flight.outputs, batch.labels, self._num_labelled)
                 self._losses.append(flight.outputs.detach())
         else:
-            self._hand_over(ACTIVATION, chunk, number, flight.outputs)
+            self._hand_over(ACTIVATION, chunk, number)
 
     def _ends(self, chunk: int) -> bool:
         return self._schedule.placement.neighbour(self._mesh.stage, chunk, 1) is None
 
-    def _hand_over(self, direction: int, chunk: int, number: int, tensor: torch.Tensor) -> None:
-        """To the next chunk if it is on this stage."""
+    def _hand_over(self, direction: int, chunk: int, number: int) -> None:
+        """What a chunk has made to the next one, if that is on this stage."""
         stage, other = self._neighbour(chunk, direction, sending=True)
         if stage == self._mesh.stage:
-            self._flights[other][number].take(direction, tensor.detach())
+            self._flights[other][number].take(direction, self._flights[chunk][number].made(direction))
 
     def _backward(self, chunk: int, number: int) -> None:
         flight = self._flights[chunk][number]
@@ -187,26 +195,24 @@ class Executor:
         flight.gradient = flight.inputs.grad if flight.inputs is not None else None
         flight.inputs = flight.outputs = None
         if self._places[chunk] > 0:
-            assert flight.gradient is not None
-            self._hand_over(GRADIENT, chunk, number, flight.gradient)
+            self._hand_over(GRADIENT, chunk, number)
         self._after_backward()
 
     def _backward_input(self, chunk: int, number: int) -> None:
         with postponed(self._flights[chunk][number].for_weights):
             self._backward(chunk, number)
 
+    @torch.no_grad()
     def _backward_weight(self, chunk: int, number: int) -> None:
         work = self._flights[chunk][number].for_weights
         while work:
-            work.pop()()
+            work.pop(0)()  # in the order of the backward pass, in which buckets fill
 
     def _send(self, direction: int, chunk: int, number: int) -> None:
         flight = self._flights[chunk][number]
-        tensor = flight.outputs if direction == ACTIVATION else flight.gradient
         target, other = self._neighbour(chunk, direction, sending=True)
-        assert tensor is not None
         tag = self._tag(direction, number, other)
-        flight.leaving[direction] = self._transport.send(self._mesh.pipe_axis, tensor.detach(), target, tag)
+        flight.leaving[direction] = self._transport.send(self._mesh.pipe_axis, flight.made(direction), target, tag)
 
     def _drain(self) -> None:
         for flights in self._flights:

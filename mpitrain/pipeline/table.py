@@ -24,18 +24,40 @@ CELL = re.compile(r"(\d+)([FBIW])(\d+)")
 Row = list[tuple[int, Kind, int]]  # place in the model, kind, micro-batch
 
 
-def read_schedule(file: str, num_stages: int, num_micro_batches: int) -> Schedule:
-    """Read and prove a schedule.
+def read_text(file: str) -> str:
+    """A file's text.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"--pipeline.schedule {file}: {reason}; it is neither a file nor a schedule's name") from None
+
+
+def num_rows(text: str) -> int:
+    """Stages that a table is for."""
+    return len(text.splitlines())
+
+
+def read_schedule(file: str, text: str, num_stages: int, num_micro_batches: int) -> Schedule:
+    """Understand and prove a schedule.
 
     Args:
         file: name of a CSV file as above.
+        text: of the file.
         num_stages: of the mesh.
         num_micro_batches: the most that a replica has in a step; steps with fewer go without what is not there.
 
     Raises:
         UsageError: names the file, and the line and cell, or who waits for whom.
     """
-    rows = _read_rows(file)
+    rows = [_read_row(file, number, row) for number, row in enumerate(csv.reader(text.splitlines()), 1)]
+    empty = next((number for number, row in enumerate(rows, 1) if not row), None)
+    if not rows or empty:
+        raise UsageError(f"--pipeline.schedule {file}:{empty or 1}: a stage that computes nothing; a row is a stage")
     if len(rows) != num_stages:
         raise UsageError(
             f"--pipeline.schedule {file}: {len(rows)} rows for {len(rows)} stages, the mesh has {num_stages}; "
@@ -58,19 +80,6 @@ def read_schedule(file: str, num_stages: int, num_micro_batches: int) -> Schedul
     except ScheduleError as error:
         raise UsageError(f"--pipeline.schedule {file}: {error}") from None
     return schedule
-
-
-def _read_rows(file: str) -> list[Row]:
-    try:
-        with Path(file).open(newline="", encoding="utf-8") as lines:
-            rows = [_read_row(file, number, row) for number, row in enumerate(csv.reader(lines), 1)]
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"--pipeline.schedule {file}: {reason}; it is neither a file nor a schedule's name") from None
-    empty = next((number for number, row in enumerate(rows, 1) if not row), None)
-    if not rows or empty:
-        raise UsageError(f"--pipeline.schedule {file}:{empty or 1}: a stage that computes nothing; a row is a stage")
-    return rows
 
 
 def _read_row(file: str, line: int, row: list[str]) -> Row:

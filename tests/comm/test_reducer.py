@@ -11,6 +11,7 @@ from communicators import HOSTS
 from reducing import check_squares, reducing
 
 from mpitrain.comm.buckets import Bucket, fill_buckets
+from mpitrain.model import linear
 from mpitrain.optim import ShardedAdamW
 from mpitrain.runtime.agree import collect
 from mpitrain.sections import Train
@@ -88,7 +89,7 @@ def test_the_norm_of_millions_of_numbers_is_right(comm, algorithm):
 def test_a_replica_without_micro_batches_joins_in_with_zeros(comm, algorithm):
     module = model_of(0)
     with reducing(comm, buckets := fill_buckets(module, 300), algorithm) as (reducer, _):
-        reducer.start_step(2)
+        reducer.start_step(2 if comm.rank == 0 else 0)
         if comm.rank == 0:
             backward_twice(module, 0)
         reducer.finish()
@@ -125,6 +126,30 @@ def test_full_buckets_travel_while_the_last_backward_still_runs_and_not_before(c
         reducer.finish()
     assert at_first == [False]
     assert begun.is_set()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_gradients_that_are_put_off_are_summed_and_travel_as_they_come(comm, monkeypatch, algorithm):
+    layers = [torch.nn.Linear(7, 7) for _ in range(2)]
+    work, early, orders = [], threading.Event(), []
+    with reducing(comm, fill_buckets(torch.nn.Sequential(*layers), 1), algorithm) as (reducer, exchange):
+        reduce = exchange.reduce
+        monkeypatch.setattr(exchange, "reduce", lambda number: (reduce(number), orders.append(number), early.set()))
+        reducer.start_step(1)
+        x = torch.ones(3, 7)
+        for layer in layers:
+            x = linear.linear(x, layer.weight, layer.bias)
+        with linear.postponed(work):
+            x.sum().backward()
+        assert len(work) == 2
+        assert not orders
+        work[0]()  # of the last layer, whose buckets are the first
+        assert early.wait(20), "no bucket was reduced before the last product"
+        work[1]()
+        reducer.finish()
+        assert orders == [0, 1, 2, 3]
+        bias = next(bucket for bucket in exchange.buckets if bucket.members[0].name == "1.bias")
+        assert sum(collect(comm, float(bias.reduced.sum()))) == pytest.approx(3 * 7 * comm.size)
 
 
 def test_where_ranks_share_cores_and_memory_nothing_is_summed_beside_the_backward_pass(comm, monkeypatch):

@@ -13,6 +13,10 @@ from mpitrain.pipeline.schedule import SCHEDULES, Kind, Schedule
 LETTERS = {kind: letter for letter, kind in table.KINDS.items()}
 
 
+def read(file, num_stages: int, num_micro_batches: int) -> Schedule:
+    return table.read_schedule(str(file), table.read_text(str(file)), num_stages, num_micro_batches)
+
+
 def written(schedule: Schedule, num_stages: int, num_micro_batches: int) -> str:
     rows = []
     for stage in range(num_stages):
@@ -26,7 +30,7 @@ def written(schedule: Schedule, num_stages: int, num_micro_batches: int) -> str:
 def test_what_is_read_is_what_was_written(name, tmp_path):
     known, file = SCHEDULES[name](3, 2), tmp_path / "own.csv"
     file.write_text(written(known, 3, 6))
-    found = table.read_schedule(str(file), 3, 6)
+    found = read(file, 3, 6)
     assert found.placement == known.placement
     assert [found.order(stage, 6) for stage in range(3)] == [known.order(stage, 6) for stage in range(3)]
 
@@ -34,7 +38,7 @@ def test_what_is_read_is_what_was_written(name, tmp_path):
 def test_a_replica_with_fewer_micro_batches_goes_without_the_others(tmp_path):
     file = tmp_path / "own.csv"
     file.write_text(written(SCHEDULES["zb-v"](2, 2), 2, 6))
-    found = table.read_schedule(str(file), 2, 4)
+    found = read(file, 2, 4)
     for count in range(5):
         play([program(found, stage, count) for stage in range(2)], count, placement=found.placement)
 
@@ -42,13 +46,13 @@ def test_a_replica_with_fewer_micro_batches_goes_without_the_others(tmp_path):
 def test_the_example_in_the_documentation_is_proven_and_empty_cells_mean_nothing(tmp_path):
     file = tmp_path / "own.csv"
     file.write_text(table.__doc__.split("\n\n")[1].replace("    ", ""))
-    found = table.read_schedule(str(file), 2, 4)
+    found = read(file, 2, 4)
     assert [step.kind for step in found.order(1, 1)] == [Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT]
 
 
 def test_stages_may_differ_in_the_order_of_micro_batches(tmp_path):
     (tmp_path / "own.csv").write_text("0F0,0F1,0B0,0B1\n1F0,1F1,1B1,1B0\n")
-    table.read_schedule(str(tmp_path / "own.csv"), 2, 2)
+    read(tmp_path / "own.csv", 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -73,13 +77,13 @@ def test_stages_may_differ_in_the_order_of_micro_batches(tmp_path):
 def test_what_would_not_work_is_refused_with_the_reason(text, problem, tmp_path):
     (tmp_path / "own.csv").write_text(text)
     with pytest.raises(UsageError, match=problem) as caught:
-        table.read_schedule(str(tmp_path / "own.csv"), 2, 2)
+        read(tmp_path / "own.csv", 2, 2)
     assert str(caught.value).startswith(f"--pipeline.schedule {tmp_path / 'own.csv'}")
 
 
 def test_a_file_that_is_not_there_and_one_that_is_no_text(tmp_path):
     with pytest.raises(UsageError, match="No such file or directory; it is neither a file nor a schedule's name"):
-        table.read_schedule(str(tmp_path / "none.csv"), 2, 2)
+        read(tmp_path / "none.csv", 2, 2)
     (tmp_path / "own.csv").write_bytes(b"\xff\xfe0F0")
     with pytest.raises(UsageError, match="it is not UTF-8 text"):
-        table.read_schedule(str(tmp_path / "own.csv"), 2, 2)
+        read(tmp_path / "own.csv", 2, 2)
