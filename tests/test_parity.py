@@ -57,6 +57,7 @@ def test_any_mesh_gives_the_numbers_of_one_rank(comm):
         assert_equal_runs(run, reference, 1e-5)
 
 
+@pytest.mark.mpi(min_size=2, max_size=4)  # eight ranks say no more of a schedule, and take minutes on few cores
 @pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "1f1b"])
 def test_any_schedule_gives_the_same_numbers(comm, schedule):
     card = small_card().model_copy(update={"num_hidden_layers": 7})  # for four stages of two chunks each
@@ -67,6 +68,7 @@ def test_any_schedule_gives_the_same_numbers(comm, schedule):
             assert_equal_runs(run, reference, 1e-5)
 
 
+@pytest.mark.mpi(min_size=2, max_size=4)
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1", "zb-v"])
 @pytest.mark.parametrize("recompute", ["attention", "block"])
 def test_what_is_computed_again_changes_no_bit(comm, recompute, schedule):

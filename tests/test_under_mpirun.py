@@ -11,9 +11,10 @@ from launching import mpirun
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.timeout(960)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 def test_suite_passes_on(ranks: int, tmp_path: Path) -> None:
-    done = mpirun(ranks, "-m", "pytest", "--only-mpi", "-p", "no:cacheprovider", str(TESTS), cwd=tmp_path, timeout=540)
+    done = mpirun(ranks, "-m", "pytest", "--only-mpi", "-p", "no:cacheprovider", str(TESTS), cwd=tmp_path, timeout=900)
     summary = done.stdout.strip().splitlines()[-1:] or [""]
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert " passed" in summary[0], summary
