@@ -94,7 +94,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(error.code)
     try:
+        from mpitrain.runtime.watchdog import Watch
+
+        watch = Watch(world, lambda error: launch.abort(world, error, None))
         code = run(world, command, arguments, stop)
+        watch.end()
     except BaseException as error:  # SystemExit too: the other ranks would wait for this one
         launch.abort(world, error, error.__traceback__)
     launch.finish(world, code)

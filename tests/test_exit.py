@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import finish, mpirun, start
+from launching import begin, command, finish, mpirun, start
 from tiny import exit_of, make_tiny, metrics_of, processes_of, ranks_of
+
+from mpitrain.runtime.launch import library_version
 
 SECONDS = 30
 # Runs `train` with step 3 of rank 1 replaced by what the test puts in.
@@ -47,13 +50,13 @@ def problem(tmp_path_factory) -> tuple[Path, list[str], dict[str, str]]:
     return place, make_tiny(place), {"MPITRAIN_CACHE": str(place / "cache")}
 
 
-def train_with(problem: tuple[Path, list[str], dict[str, str]], misfortune: str, out: str) -> Any:
-    """What became of three ranks, all of which must be gone."""
+def train_with(problem: tuple[Path, list[str], dict[str, str]], misfortune: str, out: str, *launcher: str) -> Any:
+    """What became of three ranks, all of which must be gone; `launcher` are more flags for it."""
     place, flags, environment = problem
     (place / f"{out}.py").write_text(SCRIPT.format(misfortune=misfortune))
     mark = {"TEST_MARK": f"exit-{out}-{os.getpid()}"}
-    arguments = (f"{out}.py", *flags, "--out", out, "--mesh.data", "3")
-    done = mpirun(3, *arguments, cwd=place, timeout=90, **environment, **mark)
+    mpirun, *line = command(3, f"{out}.py", *flags, "--out", out, "--mesh.data", "3")
+    done = finish(begin([mpirun, *launcher, *line], place, **environment, **mark), 90)
     limit = time.monotonic() + SECONDS
     while left := processes_of(f"TEST_MARK={mark['TEST_MARK']}"):
         assert time.monotonic() < limit, left
@@ -87,6 +90,13 @@ def test_a_rank_that_just_leaves_takes_the_others_with_it(problem, name, misfort
     assert train_with(problem, misfortune, name).returncode != 0
 
 
+def test_a_death_that_the_launcher_overlooks_ends_the_job_all_the_same(problem):
+    blind = "-disable-auto-cleanup" if "MPICH" in library_version() else "--enable-recovery"
+    done = train_with(problem, "os._exit(3)", "overlooked", blind)
+    assert done.returncode != 0
+    assert re.search(r"^error \(rank 0\): rank 1 \(process \d+ of this node\) is gone", done.stderr, re.M), done.stderr
+
+
 def catches(pid: int, number: signal.Signals) -> bool:
     """Whether a process has a handler of its own for a signal."""
     caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
@@ -104,8 +114,8 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 def test_a_stop_signal_to_one_rank_alone_stops_all_with_a_checkpoint(problem):
     place, flags, environment = problem
     mark = f"stop-{os.getpid()}"
-    command = ("-m", "mpitrain", *flags, "--out", "stopped", "--train.epochs", "20")
-    process = start(2, *command, cwd=place, **environment, TEST_MARK=mark)
+    words = ("-m", "mpitrain", *flags, "--out", "stopped", "--train.epochs", "20")
+    process = start(2, *words, cwd=place, **environment, TEST_MARK=mark)
     wait_for(lambda: bool(metrics_of(place / "stopped")), process)
     os.kill(ranks_of(f"TEST_MARK={mark}")[1], signal.SIGTERM)
     done = finish(process, SECONDS)
@@ -118,8 +128,8 @@ def test_a_stop_signal_to_one_rank_alone_stops_all_with_a_checkpoint(problem):
 def test_a_stop_signal_while_libraries_load_stops_after_the_first_step_and_the_next_start_goes_on(problem):
     place, flags, environment = problem
     mark = f"early-{os.getpid()}"
-    command = ("-m", "mpitrain", *flags, "--out", "early", "--train.max_steps", "1")
-    process = start(2, *command, cwd=place, **environment, TEST_MARK=mark)
+    words = ("-m", "mpitrain", *flags, "--out", "early", "--train.max_steps", "1")
+    process = start(2, *words, cwd=place, **environment, TEST_MARK=mark)
 
     def all_listen() -> bool:
         ranks = ranks_of(f"TEST_MARK={mark}")
@@ -132,7 +142,7 @@ def test_a_stop_signal_while_libraries_load_stops_after_the_first_step_and_the_n
     assert done.returncode == 75, done.stdout + done.stderr
     assert exit_of(place / "early") == {"code": 75, "reason": "stopped by SIGUSR1", "step": 1}
     assert not (place / "early" / "eval.json").exists()
-    again = mpirun(2, *command, cwd=place, **environment)
+    again = mpirun(2, *words, cwd=place, **environment)
     assert again.returncode == 0, again.stdout + again.stderr
     assert len(metrics_of(place / "early")) == 1
     assert "dev      epoch" in again.stdout, "the last step was done, its evaluation was not"

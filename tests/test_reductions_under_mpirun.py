@@ -35,13 +35,15 @@ KILLED, LEFT = "os.kill(os.getpid(), signal.SIGKILL)", "os._exit(3)"
 DEATH = """
 import os, signal, threading, time
 import torch
-from mpi4py import MPI
 from mpitrain.comm.buckets import Bucket
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.choice import choose_exchange
 from mpitrain.comm.reducer import GradientReducer
+from mpitrain.runtime import launch
+from mpitrain.runtime.watchdog import Watch
 
-world = MPI.COMM_WORLD
+world = launch.start()
+watch = Watch(world, lambda error: launch.abort(world, error, None))
 buckets = [Bucket([("values", torch.nn.Parameter(torch.zeros(100_000)))])]
 exchange, _ = choose_exchange(world, world, Transport(patient=True), buckets, torch.float32, algorithm="{algorithm}")
 reducer = GradientReducer(exchange)

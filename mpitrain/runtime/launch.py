@@ -100,12 +100,18 @@ def nap_precisely() -> None:
 
 
 def seconds_since_start() -> float | None:
-    """Since this process was started, imports and MPI's start included (proc(5)); None where that is not told."""
+    """Since this process was started, imports and MPI's start included; None where that is not told."""
+    started = start_of(os.getpid())
+    return None if started is None else time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+
+
+def start_of(pid: int) -> int | None:
+    """Clock ticks from boot to the start of a process (proc(5)); None if none runs, or that is not told."""
     try:
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else int(fields[18])
     except (OSError, ValueError, IndexError):
         return None
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def library_version() -> str:
