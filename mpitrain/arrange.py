@@ -11,7 +11,7 @@ from mpitrain.model.bert import num_blocks
 from mpitrain.model.card import ModelCard
 from mpitrain.model.cost import block_costs
 from mpitrain.pipeline.balance import by_hand, choose_mesh, split_blocks, split_chunks
-from mpitrain.pipeline.schedule import SCHEDULES, Schedule, num_chunks_of
+from mpitrain.pipeline.schedule import SCHEDULES, Schedule
 from mpitrain.pipeline.table import num_rows, read_schedule, read_text
 from mpitrain.runtime.mesh import check_shape
 from mpitrain.split import part
@@ -87,9 +87,9 @@ def _mesh_shape(
 ) -> tuple[int, int]:
     data, stages = config.mesh.data, config.mesh.pipe
     if data is None and stages is None:
-        num_chunks = num_chunks_of(config.pipeline.schedule, config.pipeline.chunks)
         if table is not None:
-            pipe = max(1, num_rows(table))
+            return max(1, num_ranks // max(1, num_rows(table))), max(1, num_rows(table))
+        num_chunks = SCHEDULES[config.pipeline.schedule](1, config.pipeline.chunks).placement.num_chunks
         if pipe is None and config.pipeline.layers is not None:
             pipe = max(1, len(config.pipeline.layers) // num_chunks)
         if pipe is None:
@@ -109,7 +109,7 @@ def _split_model(config: Config, card: ModelCard, num_labels: int, schedule: Sch
         )
     costs = block_costs(card, num_labels, TYPICAL_LENGTH)
     if layers is None and num_chunks > 1:
-        return split_chunks(costs, [stage for _, (stage, _) in sorted(schedule.placement.holders.items())])
+        return split_chunks(costs, schedule.placement.stages)
     if layers is None:
         return split_blocks(costs, num_stages)
     if len(layers) != num_places:

@@ -202,19 +202,18 @@ def _evaluate(world: Any, options: argparse.Namespace, settings: Config, console
 
 
 def _predict(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    from mpitrain.predict import check_input, predict
+    from mpitrain.predict import open_input, predict
     from mpitrain.restore import open_checkpoint, restore_stage
 
     directory = _needed(options.checkpoint)
-    check_input(world, options.input)
+    sentences = open_input(world, options.input, options.format)  # before anything is loaded
     trained = open_checkpoint(world, directory, console)
     place, executor = restore_stage(world, settings, trained, console)
     number = predict(
         executor,
         place,
         trained.problem,
-        options.input,
-        input_format=options.format,
+        sentences,
         output=settings.out,
         output_format=options.to,
     )

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -34,30 +34,25 @@ def predict(
     executor: Executor,
     place: Place,
     problem: Problem,
-    source: str,
+    sentences: Iterator[list[str]],
     *,
-    input_format: str,
     output: Path | None,
     output_format: str,
 ) -> int:
-    """Tag a file, or standard input if `source` is "-" (collective); the number of sentences.
+    """Tag the sentences of rank 0 (collective); their number.
 
     Raises:
-        DataError: the input cannot be read; on all ranks.
+        DataError: the input is not what it began like; on all ranks.
     """
     comm = place.mesh.world
-    sentences: Iterator[list[str]] = iter(())
     target: TextIO = sys.stdout
-    with together(comm, f"opening {source}"):
-        if comm.rank == 0:
-            sentences = read_input(_open_input(source), input_format, name=source)
-            if output is not None:
-                with user_path("--out", output):
-                    target = output.open("w", encoding="utf-8")
+    with together(comm, "opening --out"), user_path("--out", output or Path("-")):
+        if comm.rank == 0 and output is not None:
+            target = output.open("w", encoding="utf-8")
     number = 0
     while True:
         chunk: list[list[str]] = []
-        with together(comm, f"reading {source}"):
+        with together(comm, "reading the input"):
             if comm.rank == 0:
                 chunk = list(islice(sentences, SENTENCES_AT_ONCE))
         if not share(comm, len(chunk)):
@@ -72,18 +67,20 @@ def predict(
     return number
 
 
-def check_input(comm: Comm, source: str) -> None:
-    """Raise what `predict` would raise of an input that cannot be opened, before anything is loaded (collective)."""
+def open_input(comm: Comm, source: str, input_format: str) -> Iterator[list[str]]:
+    """The sentences of a file, or of standard input if `source` is "-", on rank 0; none on others (collective).
+
+    Raises:
+        DataError: it cannot be opened; on all ranks.
+    """
     with together(comm, f"opening {source}"):
-        if comm.rank == 0 and source != "-" and not Path(source).is_fifo():  # a pipe can be opened once
-            _open_input(source).close()
-
-
-def _open_input(source: str) -> BinaryIO:
-    try:
-        return sys.stdin.buffer if source == "-" else Path(source).open("rb")
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read: {error.strerror}") from None
+        if comm.rank == 0:
+            try:
+                stream = sys.stdin.buffer if source == "-" else Path(source).open("rb")  # noqa: SIM115 - it is read bit by bit
+            except OSError as error:
+                raise DataError(f"{source}: cannot be read: {error.strerror}") from None
+            return read_input(stream, input_format, name=source)
+    return iter(())
 
 
 def tag_sentences(executor: Executor, place: Place, problem: Problem, sentences: list[list[str]]) -> list[Tagged]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
+MOST_THREADS = 1024  # of a rank; thousands end in a crash of the library of threads
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v")
 
 
@@ -94,7 +95,7 @@ class Train(Section):
     """of initial weights, order of the data, dropout"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
-    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] | None = None
     """compute threads per rank; else OMP_NUM_THREADS; else an even share of the cores that this rank may use"""
     early_stopping: Annotated[int, Field(ge=0)] = 0
     """stop after this many evaluations without a better dev F1; 0 is off"""

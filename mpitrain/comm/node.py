@@ -117,21 +117,23 @@ class NodeExchange(Exchange):
 
     def reduce(self, number: int) -> None:
         """Sum the own slice over the node, then that sum over nodes."""
-        touched = self._announce_rows(number) if self.buckets[number].num_rows else None
+        bucket = self.buckets[number]
+        touched = self._announce_rows(number) if bucket.num_rows else None
         self._window.raise_flag(FILLED)
         self._window.wait_for(FILLED, self.reducing, self._progress)
         if touched is not None:
             self._reduce_rows(number, touched)
             return
+        wanted = self._alone and self.wants_squares
         squares: list[torch.Tensor] = []
         for summed, *others in self._shares[number].chunks:
             for other in others:
                 summed += other
             # These sums are final, and still in the core's cache: who clips need not read them again.
-            if self._alone and self.wants_squares:
+            if wanted:
                 squares.append(square_sum(summed))
-        if self._alone and self.wants_squares:
-            self.buckets[number].squares = float(sum(squares))
+        if wanted:
+            bucket.squares = float(sum(squares))
         self._sums[number]()
 
     def _announce_rows(self, number: int) -> torch.Tensor:

@@ -12,7 +12,6 @@ LETTERS |= dict.fromkeys((Kind.BACKWARD, Kind.BACKWARD_INPUT), "abcdefghijklmnop
 LETTERS[Kind.BACKWARD_WEIGHT] = LETTERS[Kind.BACKWARD].upper()
 LEGEND = "0 1 2 forward; a b c backward, or its half for inputs; A B C its half for weights"
 COLORS = {Kind.FORWARD: "C0", Kind.BACKWARD: "C1", Kind.BACKWARD_INPUT: "C1", Kind.BACKWARD_WEIGHT: "C2"}
-NAMES = {kind: kind.value for kind in COLORS}
 
 
 def text(proof: Proof, placement: Placement, columns_per_unit: float = 1.0) -> str:
@@ -52,8 +51,8 @@ def draw(file: Path, proof: Proof, title: str, unit: str) -> None:
     for stage, spans in enumerate(proof.spans):
         for span in spans:
             step = span.instruction
-            label = None if NAMES[step.kind] in named else NAMES[step.kind]
-            named.add(NAMES[step.kind])
+            label = None if step.kind in named else step.kind.value
+            named.add(step.kind)
             length = span.stop - span.start
             bar = panel.barh(stage, length, left=span.start, height=0.9, color=COLORS[step.kind], label=label)[0]
             bar.set(alpha=0.9 / (1 + step.chunk), edgecolor="white", linewidth=0.5)

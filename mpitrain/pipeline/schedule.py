@@ -100,6 +100,11 @@ class Placement:
         return {place: (stage, chunk) for stage, places in enumerate(self.places) for chunk, place in enumerate(places)}
 
     @property
+    def stages(self) -> list[int]:
+        """The stage of each place."""
+        return [self.holders[place][0] for place in range(len(self.holders))]
+
+    @property
     def num_chunks(self) -> int:
         """Of the stage that has most."""
         return max(map(len, self.places))
@@ -266,8 +271,3 @@ def _of_one_chunk(name: str, num_stages: int, order: Callable[[int, int, int], l
     return Schedule(
         name, in_turn(num_stages, 1), lambda stage, num_micro_batches: order(stage, num_stages, num_micro_batches)
     )
-
-
-def num_chunks_of(name: str, num_chunks: int) -> int:
-    """Chunks of a stage, `num_chunks` where there is a choice."""
-    return {"interleaved": num_chunks, "zb-v": 2}.get(name, 1)

@@ -15,6 +15,7 @@ from mpi4py import MPI
 
 from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.runtime.agree import Comm, any_rank, collect
+from mpitrain.sections import MOST_THREADS
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
@@ -51,9 +52,6 @@ def place_on_node(comm: Comm) -> tuple[int, int]:
     place = (node.rank, node.size)
     node.Free()
     return place
-
-
-MOST_THREADS = 1024  # of a rank; thousands end in a crash of the library of threads
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,11 @@ number of micro-batches. Contenders take turns (contest.py).
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from contest import BIN, HERE, RESULTS, Job, facts, speedup, take_turns
+from contest import BIN, HERE, RESULTS, Job, row_of, say, take_turns, write
 
 LENGTH = 32
 SCHEDULES = ["1f1b", "interleaved", "zb-h1", "zb-v"]
@@ -41,23 +39,9 @@ def compare(stages: int, options: argparse.Namespace) -> list[dict[str, object]]
     with tempfile.TemporaryDirectory() as folder:
         jobs = contenders(stages, options, Path(folder))
         take_turns(jobs, options.repeats)
-    found = []
-    for name, job in jobs.items():
-        times, least, greatest = speedup(job, jobs["torch"])
-        line = {
-            "stages": stages,
-            "name": name,
-            "tokens_per_second": statistics.median(job.rates),
-            "times": times,
-            "range": [least, greatest],
-            "command": " ".join(job.command),
-        }
-        found.append(line)
-        print(
-            f"{stages} stages  {name:<12}{line['tokens_per_second']:>8,.0f} tokens/s {times:>6.2f} times "
-            f"({least:.2f} to {greatest:.2f})",
-            flush=True,
-        )
+    found = [{"row": f"{stages} stages"} | row_of(name, job, jobs["torch"]) for name, job in jobs.items()]
+    for each in found:
+        say(each)
     return found
 
 
@@ -74,8 +58,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     found = [each for stages in options.stages for each in compare(stages, options)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "pipeline.json").write_text(json.dumps(facts() | {"rows": found}, indent=1) + "\n")
+    write(options.out, "pipeline", found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ step alone, and nothing but the matrix products of its linear layers.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -18,7 +17,7 @@ import tempfile
 from itertools import count
 from pathlib import Path
 
-from contest import BIN, HERE, LENGTHS, RESULTS, Job, facts, speedup, take_turns
+from contest import BIN, HERE, LENGTHS, RESULTS, Job, speedup, take_turns, write
 
 ROWS = ["minilm-l6:64:2", "minilm-l6:64:4", "minilm-l6:64:8", "bert-base-uncased:32:2", "bert-base-uncased:32:8"]
 
@@ -95,8 +94,7 @@ def main() -> None:
                 f"memory {pss['mpitrain'] / 2**30:.2f} GiB, {found[-1]['pss_ratio']:.0%} of DDP's",
                 flush=True,
             )
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "step.json").write_text(json.dumps(facts() | {"rows": found}, indent=1) + "\n")
+    write(options.out, "step", found)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ Contenders take turns (contest.py). Ours is there as one rank with all cores and
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import sys
 from pathlib import Path
 
-from contest import BIN, HERE, LENGTHS, RESULTS, Job, facts, speedup, take_turns
+from contest import BIN, HERE, LENGTHS, RESULTS, Job, row_of, say, take_turns, write
 
 RANKS = sorted({1, len(os.sched_getaffinity(0))})
 BATCH_OF_4096 = 132  # sequences that have about so many tokens
@@ -56,24 +54,9 @@ def compare(row: str, options: argparse.Namespace) -> list[dict[str, object]]:
     jobs = contenders(row, options)
     take_turns(jobs, options.repeats)
     *_, peer = jobs.values()
-    found = []
-    for name, job in jobs.items():
-        times, least, greatest = speedup(job, peer)
-        line = {
-            "row": row,
-            "name": name,
-            "tokens_per_second": statistics.median(job.rates),
-            "times": times,
-            "range": [least, greatest],
-            "peak_memory": job.peak,
-            "command": " ".join(job.command),
-        }
-        found.append(line)
-        print(
-            f"{row:<15}{name:<18}{line['tokens_per_second']:>8,.0f} tokens/s {times:>6.2f} times "
-            f"({least:.2f} to {greatest:.2f})  {job.peak / 2**30:.2f} GiB",
-            flush=True,
-        )
+    found = [{"row": row} | row_of(name, job, peer) for name, job in jobs.items()]
+    for each in found:
+        say(each)
     return found
 
 
@@ -86,8 +69,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     found = [each for row in options.rows for each in compare(row, options)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "train.json").write_text(json.dumps(facts() | {"rows": found}, indent=1) + "\n")
+    write(options.out, "train", found)
 
 
 if __name__ == "__main__":

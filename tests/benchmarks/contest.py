@@ -111,6 +111,35 @@ def speedup(job: Job, peer: Job) -> tuple[float, float, float]:
     return statistics.median(job.rates) / statistics.median(peer.rates), min(ratios), max(ratios)
 
 
+def row_of(name: str, job: Job, peer: Job) -> dict[str, object]:
+    """What there is to say of a contender."""
+    times, least, greatest = speedup(job, peer)
+    return {
+        "name": name,
+        "tokens_per_second": statistics.median(job.rates),
+        "times": times,
+        "range": [least, greatest],
+        "peak_memory": job.peak,
+        "command": " ".join(job.command),
+    }
+
+
+def say(row: dict[str, object]) -> None:
+    """A row on the screen."""
+    least, greatest = row["range"]
+    print(
+        f"{row['row']:<15}{row['name']:<18}{row['tokens_per_second']:>8,.0f} tokens/s {row['times']:>6.2f} times "
+        f"({least:.2f} to {greatest:.2f})  {row['peak_memory'] / 2**30:.2f} GiB",
+        flush=True,
+    )
+
+
+def write(out: Path, stem: str, rows: list[dict[str, object]]) -> None:
+    """Rows as JSON, with what a reader needs to judge them."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{stem}.json").write_text(json.dumps(facts() | {"rows": rows}, indent=1) + "\n")
+
+
 def facts() -> dict[str, object]:
     """Machine, versions, command."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()

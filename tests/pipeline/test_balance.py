@@ -123,7 +123,7 @@ def slowest_and_longest(costs, stages, bounds) -> tuple[float, float]:
 
 @given(st.sampled_from([in_turn(1, 2), in_turn(2, 2), in_turn(3, 2), in_turn(2, 3), in_a_v(2), in_a_v(3)]), st.data())
 def test_chunks_are_cut_as_well_as_by_trying_all_cuts(placement, data):
-    stages = [stage for _, (stage, _) in sorted(placement.holders.items())]
+    stages = placement.stages
     size = st.integers(len(stages), len(stages) + 4)
     costs = data.draw(size.flatmap(lambda n: st.lists(st.integers(1, 9), min_size=n, max_size=n)))
     found = split_chunks(costs, stages)

@@ -8,6 +8,7 @@ bf16 is autocast, AdamW is fused, buckets and threads are DDP's own. Each turn b
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import numpy as np
@@ -33,15 +34,26 @@ def model_of(card_name: str) -> BertForTokenClassification:
     return BertForTokenClassification(BertConfig(**card, num_labels=NUM_LABELS))
 
 
-def main() -> None:
-    parser = parser_of(__doc__)
+def gloo_parser(description: str | None) -> argparse.ArgumentParser:
+    """What all peers over gloo take."""
+    parser = parser_of(description)
     parser.add_argument("--store", required=True, help="a file that does not exist yet, where ranks find each other")
-    options = parser.parse_args()
+    return parser
+
+
+def start_gloo(store: str) -> tuple[int, int]:
+    """Rank and size of a group of even shares of the cores, all with the same seed."""
     rank = launched("PMI_RANK", "OMPI_COMM_WORLD_RANK")
     size = launched("PMI_SIZE", "OMPI_COMM_WORLD_SIZE") or 1
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
-    dist.init_process_group("gloo", init_method=f"file://{options.store}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     torch.manual_seed(0)
+    return rank, size
+
+
+def main() -> None:
+    options = gloo_parser(__doc__).parse_args()
+    rank, size = start_gloo(options.store)
     model = DistributedDataParallel(model_of(options.model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
     lengths = np.sort(np.repeat(*np.loadtxt(options.lengths, np.int64, unpack=True)))

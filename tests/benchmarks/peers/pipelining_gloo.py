@@ -8,14 +8,12 @@ gradients and what travels are fp32), AdamW is fused. Each turn begins with a li
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.distributed as dist
-from ddp_gloo import NUM_LABELS, launched, model_of
+from ddp_gloo import NUM_LABELS, gloo_parser, model_of, start_gloo
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from turns import parser_of, take_turns
+from turns import take_turns
 
 
 class Stage(nn.Module):
@@ -46,16 +44,11 @@ def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--store", required=True, help="a file that does not exist yet, where ranks find each other")
+    parser = gloo_parser(__doc__)
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--length", type=int, default=32, help="word pieces of every sentence")
     options = parser.parse_args()
-    rank = launched("PMI_RANK", "OMPI_COMM_WORLD_RANK")
-    size = launched("PMI_SIZE", "OMPI_COMM_WORLD_SIZE") or 1
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
-    dist.init_process_group("gloo", init_method=f"file://{options.store}", rank=rank, world_size=size)
-    torch.manual_seed(0)
+    rank, size = start_gloo(options.store)
     model = Stage(options.model, rank, size, options.precision == "bf16")
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
     stage = PipelineStage(model, rank, size, torch.device("cpu"))
