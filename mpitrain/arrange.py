@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from mpitrain.config import Config
 from mpitrain.errors import UsageError
@@ -11,7 +13,7 @@ from mpitrain.model.bert import num_blocks
 from mpitrain.model.card import ModelCard
 from mpitrain.model.cost import block_costs
 from mpitrain.pipeline.balance import by_hand, choose_mesh, split_blocks, split_chunks
-from mpitrain.pipeline.schedule import SCHEDULES, Schedule
+from mpitrain.pipeline.schedule import SCHEDULES, Placement, Schedule
 from mpitrain.pipeline.table import num_rows, read_schedule, read_text
 from mpitrain.runtime.mesh import check_shape
 from mpitrain.split import part
@@ -44,6 +46,16 @@ class Arrangement:
         """The chunks of each stage."""
         return [[self.chunks[place] for place in places] for places in self.schedule.placement.places]
 
+    def listed(self) -> list[Any]:
+        """The stages as config.json has them: [first, last), or a list of those where there are several chunks."""
+        return [[list(chunk) for chunk in chunks] if len(chunks) > 1 else list(chunks[0]) for chunks in self.stages]
+
+
+def stages_of(listed: list[Any]) -> list[list[Blocks]]:
+    """What `Arrangement.listed` says."""
+    nested = [stage if isinstance(stage[0], list) else [stage] for stage in listed]
+    return [[(first, last) for first, last in chunks] for chunks in nested]
+
 
 def arrange(
     num_ranks: int,
@@ -74,7 +86,7 @@ def arrange(
         schedule = read_schedule(name, table, num_stages, part(0, config.train.micro_batches, data)[1])
     else:
         schedule = SCHEDULES[name](num_stages, config.pipeline.chunks)
-    return Arrangement(data, schedule, _split_model(config, card, num_labels, schedule))
+    return Arrangement(data, schedule, _chunks(config, card, num_labels, schedule.placement))
 
 
 def read_table(config: Config) -> str | None:
@@ -98,25 +110,29 @@ def _mesh_shape(
     return data or max(1, num_ranks // (stages or 1)), stages or max(1, num_ranks // (data or 1))
 
 
-def _split_model(config: Config, card: ModelCard, num_labels: int, schedule: Schedule) -> list[Blocks]:
-    num_stages, num_chunks = len(schedule.placement.places), schedule.placement.num_chunks
-    num_places, layers = len(schedule.placement.holders), config.pipeline.layers
+def _chunks(config: Config, card: ModelCard, num_labels: int, placement: Placement) -> list[Blocks]:
+    num_stages, num_chunks, num_places = len(placement.places), placement.num_chunks, len(placement.holders)
     if num_chunks > 1 and num_places > num_blocks(card):
         raise UsageError(
             f"pipeline.schedule: {num_stages} stages have {num_places} chunks, each of which needs a block; the "
             f"model has {num_blocks(card)} (embeddings, {card.num_hidden_layers} layers, head); fewer stages or chunks "
             "would work"
         )
-    costs = block_costs(card, num_labels, TYPICAL_LENGTH)
-    if layers is None and num_chunks > 1:
-        return split_chunks(costs, schedule.placement.stages)
+    layers = config.pipeline.layers
     if layers is None:
-        return split_blocks(costs, num_stages)
+        return split_model(block_costs(card, num_labels, TYPICAL_LENGTH), placement)
     if len(layers) != num_places:
-        given = ",".join(map(str, layers))
+        given = config.pipeline.balance
         chunks = f" of {num_chunks} chunks" if num_chunks > 1 else ""
-        raise UsageError(f"--pipeline.layers {given}: {len(layers)} counts, the mesh has {num_stages} stages{chunks}")
+        raise UsageError(f"--pipeline.balance {given}: {len(layers)} counts, the mesh has {num_stages} stages{chunks}")
     return by_hand(layers, card.num_hidden_layers)
+
+
+def split_model(costs: Sequence[float], placement: Placement, speeds: Sequence[float] | None = None) -> list[Blocks]:
+    """Blocks of each chunk, in forward order, for a slowest stage that is as fast as can be; arguments as there."""
+    if placement.num_chunks > 1:
+        return split_chunks(costs, placement.stages, speeds)
+    return split_blocks(costs, len(placement.places), speeds)
 
 
 def name_blocks(chunks: list[Blocks], card: ModelCard) -> str:

@@ -13,6 +13,7 @@ from mpitrain.config import Config
 from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.model import linear
 from mpitrain.model.bert import BertStage
+from mpitrain.model.card import ModelCard
 from mpitrain.model.initial import initialize, load_weights
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.executor import Executor
@@ -73,9 +74,14 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     if precision != "highest" and any_rank(comm, not linear.rounds(device, DTYPES[config.train.precision])):
         console.warn(f"--train.matmul_precision {precision} has no effect on products of {config.train.precision} here")
     console.say("mesh", f"{comm.size} rank(s) = {mesh.num_replicas} data x {mesh.num_stages} pipe")
-    for number, chunks in enumerate(arrangement.stages if mesh.num_stages > 1 else []):
-        console.say("", f"stage {number}: {name_blocks(chunks, problem.card)}")
     return Place(mesh, transport, arrangement)
+
+
+def say_stages(console: Console, place: Place, card: ModelCard) -> None:
+    """Which stage holds what, if there are several."""
+    stages = place.arrangement.stages
+    for number, chunks in enumerate(stages if len(stages) > 1 else []):
+        console.say("", f"stage {number}: {name_blocks(chunks, card)}")
 
 
 def say_place(comm: Comm, console: Console, transport: Transport, why: str, cores: Cores) -> None:

@@ -41,6 +41,8 @@ def plan(comm: Comm, config: Config, console: Console, *, num_ranks: int, show_s
             arrangement = arrange(num_ranks, config, card, NUM_LABELS, table=read_table(config))
             num_micro_batches = part(0, config.train.micro_batches, arrangement.data)[1]
             proof = prove(arrangement, card, num_micro_batches)
+            if config.pipeline.balance == "measured":
+                console.warn("--pipeline.balance measured is for runs; a plan splits the model by estimated cost")
             _say(console, config, card, arrangement, proof, num_micro_batches)
             if show_schedule:
                 _show(console, config.out, arrangement, proof)

@@ -18,7 +18,7 @@ from mpitrain.model.initial import load_weights
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.executor import Executor
 from mpitrain.pipeline.schedule import SCHEDULES
-from mpitrain.place import DTYPES, Place, find_place
+from mpitrain.place import DTYPES, Place, find_place, say_stages
 from mpitrain.problem import Problem
 from mpitrain.runtime.agree import Comm, attempt, attempt_at_root
 from mpitrain.runtime.device import choose_device
@@ -98,6 +98,7 @@ def restore_stage(comm: Comm, config: Config, trained: Trained, console: Console
     if config.pipeline.schedule not in SCHEDULES:  # a file orders the passes of training, which have no part here
         config = config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"schedule": "1f1b"})})
     place = find_place(comm, config, problem, console, pipe=1)
+    say_stages(console, place, problem.card)
     console.say("computes", f"in {config.train.precision}; trained in {trained.numerics['precision']}")
     stage = BertStage(problem.card, len(problem.label_names), place.chunks)
     names = [name for name, _ in stage.named_parameters()]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain import __version__
-from mpitrain.arrange import Blocks
 from mpitrain.checkpoint.load import fill, holds, newest_usable, verify
 from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed, find_checkpoint
 from mpitrain.checkpoint.save import forget_after, retain, save
@@ -152,12 +151,6 @@ def say_what_differs(run: Run, place: Path) -> None:
                 run.console.warn(f"the run was planned for {then['num_steps']} steps, now for {now['num_steps']}")
 
 
-def _listed(chunks: list[Blocks]) -> list[Any]:
-    """As in JSON: [first, last) of a stage, or of each of its chunks."""
-    found = [list(blocks) for blocks in chunks]
-    return found[0] if len(found) == 1 else found
-
-
 def _described(place: Path) -> dict[str, Any]:
     described: dict[str, Any] = json.loads((place / "config.json").read_text(encoding="utf-8"))
     return described
@@ -211,7 +204,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "data": mesh.num_replicas,
             "pipe": mesh.num_stages,
             "tensor": 1,
-            "stages": [_listed(chunks) for chunks in run.place.arrangement.stages],
+            "stages": run.place.arrangement.listed(),
         },
         "exchange": run.stepper.exchange.name,
         "linear": linear.in_use() if _uses_library(run) else None,

@@ -22,11 +22,12 @@ from mpitrain.files import user_path
 from mpitrain.observe.console import Console
 from mpitrain.observe.record import RunDirectory, new_run_directory
 from mpitrain.optim import ShardedAdamW
-from mpitrain.place import DTYPES, Place, build_stage, find_place
+from mpitrain.place import DTYPES, Place, build_stage, find_place, say_stages
 from mpitrain.problem import Problem, find_problem
 from mpitrain.runtime.agree import Comm, attempt, share
 from mpitrain.runtime.launch import StopRequest
 from mpitrain.step import Stepper
+from mpitrain.weigh import balance
 
 Scores = tuple[dict[str, Any], list[dict[str, Any]]]  # of all, and of each replica's share
 LEARNING_RATES = {"pretrained": 5e-5, "scratch": 1e-3}
@@ -67,6 +68,8 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claim
     place = find_place(comm, config, problem, console)
     splits = {name: split for name in ("train", "dev", "test") if (split := _open(place, problem, name)) is not None}
     plan, num_steps = make_plan(config, problem, splits)
+    place = balance(place, config, problem, splits["train"], console)
+    say_stages(console, place, problem.card)
     peak = config.train.learning_rate or LEARNING_RATES["pretrained" if problem.pretrained else "scratch"]
     stepper = build_stepper(config, problem, place, console, num_steps=num_steps, peak=peak)
     say_plan(console, config, plan, num_steps, peak)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,9 +12,15 @@ MOST_THREADS = 1024  # of a rank; thousands end in a crash of the library of thr
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v")
 
 
-def _numbers(value: Any) -> Any:
-    """`3,3,4,2` on a command line or in a variable is a list of numbers."""
-    return value.strip("[]").split(",") if isinstance(value, str) else value
+def _joined(value: Any) -> Any:
+    """A list, as a TOML file has it, means what `3,3,4,2` does on a command line."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _balance(value: str) -> str:
+    if value not in ("cost", "measured") and not re.fullmatch(r"-?\d+(,-?\d+)*", value):
+        raise ValueError("should be cost, measured, or layers of each stage such as 3,3,4,2")
+    return value
 
 
 def _schedule(value: str) -> str:
@@ -47,9 +54,15 @@ class Pipeline(Section):
     stage; cells such as 0F3, 0B3, 0I3, 0W3 as torch.distributed.pipelining has them)"""
     chunks: Annotated[int, Field(ge=2)] = 2
     """parts of the model on each stage, with schedule interleaved"""
-    layers: Annotated[tuple[int, ...] | None, BeforeValidator(_numbers)] = None
-    """encoder layers per stage by hand, such as 3,3,4,2 (of several chunks: of each, in the model's order); by
-    estimated cost if not given"""
+    balance: Annotated[str, BeforeValidator(_joined), AfterValidator(_balance)] = "cost"
+    """how the model is split over stages: by estimated cost; measured, by the time that blocks take on the ranks' own
+    cores; or encoder layers per stage by hand, such as 3,3,4,2 (of several chunks: of each, in the model's order)"""
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Layers of each stage or chunk, if they are given by hand."""
+        by_hand = self.balance not in ("cost", "measured")
+        return tuple(map(int, self.balance.split(","))) if by_hand else None
 
 
 class Train(Section):

@@ -35,7 +35,7 @@ def test_as_many_chunks_as_are_asked_for():
 
 
 def test_layers_by_hand_are_those_of_each_chunk_and_make_the_mesh():
-    found = arranged(2, "--pipeline.schedule", "interleaved", "--pipeline.layers", "2,3,3,4")
+    found = arranged(2, "--pipeline.schedule", "interleaved", "--pipeline.balance", "2,3,3,4")
     assert found.stages == [[(0, 3), (6, 9)], [(3, 6), (9, 14)]]
     words = [name_blocks(chunks, CARD) for chunks in found.stages]
     assert words == ["embeddings, layers 0-1; layers 5-7", "layers 2-4; layers 8-11, classifier"]
@@ -44,10 +44,10 @@ def test_layers_by_hand_are_those_of_each_chunk_and_make_the_mesh():
 @pytest.mark.parametrize(
     ("num_ranks", "flags", "problem"),
     [
-        (2, ["--mesh.pipe", "2", "--pipeline.layers", "4,4,4"], "4,4,4: 3 counts, the mesh has 2 stages$"),
+        (2, ["--mesh.pipe", "2", "--pipeline.balance", "4,4,4"], "4,4,4: 3 counts, the mesh has 2 stages$"),
         (
             2,
-            ["--mesh.pipe", "2", "--pipeline.layers", "6,6", "--pipeline.schedule", "zb-v"],
+            ["--mesh.pipe", "2", "--pipeline.balance", "6,6", "--pipeline.schedule", "zb-v"],
             "6,6: 2 counts, the mesh has 2 stages of 2 chunks",
         ),
         (

@@ -69,6 +69,16 @@ def test_a_step_is_timed_by_its_parts(tmp_path, ranks):
         assert turn["parts"]["reduce"] + turn["parts"]["reduce_hidden"] > 0
 
 
+def test_the_time_of_each_stage_is_told_before_and_after(tmp_path):
+    flags = ("--mesh.pipe", "2", "--pipeline.balance", "measured", "--repeats", "3", "--steps", "2", "--out", "results")
+    done = mpitrain(2, "bench", "step", *STEP, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^balance  stage times [\d.]+ / [\d.]+ ms a micro-batch$", done.stdout, re.MULTILINE)
+    assert re.search(r"stages compute\s+\d+ / \d+ ms, the\s+longest 1\.\d\d of the mean", done.stdout)
+    for turn in json.loads((tmp_path / "results" / "step-2.json").read_text())["turns"]:
+        assert len(turn["stages"]) == 2 and 0 < min(turn["stages"]) <= max(turn["stages"]) < turn["seconds"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_is_held_against_the_fastest_product_and_shared_out_by_parts(tmp_path, ranks, precision):

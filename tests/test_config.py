@@ -23,7 +23,7 @@ def _no_variables(monkeypatch) -> None:
 def table(tmp_path) -> Path:
     file = tmp_path / "run.toml"
     file.write_text(
-        'model = "bert-base-cased"\n[train]\nbatch_size = 7\nepochs = 9\nseed = 3\n[pipeline]\nlayers = [2, 2]\n'
+        'model = "bert-base-cased"\n[train]\nbatch_size = 7\nepochs = 9\nseed = 3\n[pipeline]\nbalance = [2, 2]\n'
     )
     return file
 
@@ -44,12 +44,12 @@ def test_flags_win_over_variables_which_win_over_the_file(table, monkeypatch):
 
 
 def test_values_are_typed_in_every_source(monkeypatch):
-    monkeypatch.setenv("MPITRAIN_PIPELINE__LAYERS", "1,2")
+    monkeypatch.setenv("MPITRAIN_PIPELINE__BALANCE", "1,2")
     flags = ["--train.learning_rate=5e-5", "--mesh.data", "4", "--checkpoint.best", "false", "--out", "a/b"]
     found = config.load(flags)
     assert (found.train.learning_rate, found.mesh.data, found.checkpoint.best) == (5e-5, 4, False)
     assert (found.pipeline.layers, found.out) == ((1, 2), Path("a/b"))
-    assert config.load(["--pipeline.layers", "3,3,4,2"]).pipeline.layers == (3, 3, 4, 2)
+    assert config.load(["--pipeline.balance", "3,3,4,2"]).pipeline.layers == (3, 3, 4, 2)
 
 
 def test_all_mistakes_of_all_sources_are_in_one_message(tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_a_configuration_does_not_change():
 
 
 def test_what_is_resolved_can_be_written_and_read_again():
-    found = config.load(["--train.seed", "8", "--out", "x", "--pipeline.layers", "1,3"])
+    found = config.load(["--train.seed", "8", "--out", "x", "--pipeline.balance", "1,3"])
     assert Config.model_validate(found.model_dump(mode="json")) == found
 
 

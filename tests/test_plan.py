@@ -12,8 +12,10 @@ SHAPE = ("--ranks", "8", "--mesh.pipe", "4", "--model", "bert-base-cased", "--tr
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_plan_of_a_job_is_shown_without_it(tmp_path, ranks):
-    done = mpitrain(ranks, "plan", *SHAPE, "--pipeline.schedule", "zb-v", cwd=tmp_path)
+    flags = ("--pipeline.schedule", "zb-v", "--pipeline.balance", "measured")
+    done = mpitrain(ranks, "plan", *SHAPE, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "a plan splits the model by estimated cost" in done.stdout + done.stderr
     assert done.stdout.count("8 rank(s) = 2 data x 4 pipe") == 1
     assert "zb-v, up to 4 micro-batches a replica and step" in done.stdout
     sizes = [int(size.replace(",", "")) for size in re.findall(r"^\d .*?  +([\d,]{9,})", done.stdout, re.MULTILINE)]

@@ -27,10 +27,11 @@ from mpitrain.dataset.sequences import MemorySplit
 from mpitrain.errors import DataError, UsageError, on_all_ranks
 from mpitrain.model.card import ModelCard, resolve_model
 from mpitrain.observe.console import Console
-from mpitrain.place import find_place
+from mpitrain.place import find_place, say_stages
 from mpitrain.problem import Problem
 from mpitrain.run import LEARNING_RATES, build_stepper, make_plan
 from mpitrain.runtime.agree import Comm, attempt, collect, share, together
+from mpitrain.weigh import balance
 
 LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
 NUM_SEQUENCES = 6000
@@ -39,11 +40,17 @@ WARM_UP = 2  # steps before the first turn
 
 @dataclass(frozen=True)
 class Turn:
-    """Some steps in a row: tokens and seconds of all of them; seconds by part are means over the ranks."""
+    """Some steps in a row: tokens and seconds of all of them.
+
+    Attributes:
+        parts: seconds by part of the step, means over the ranks.
+        stages: seconds in which each stage computes, of its slowest replica.
+    """
 
     tokens: int
     seconds: float
     parts: dict[str, float]
+    stages: list[float]
 
 
 def bench_step(
@@ -92,13 +99,15 @@ class Workload:
         self.problem = attempt(comm, "reading the model", lambda: _problem(config))
         card = self.problem.card
         found = attempt(comm, "reading lengths", lambda: read_lengths(lengths, card.max_position_embeddings))
-        self.place = find_place(comm, config, self.problem, console)
+        self._split = _random_split(found, card)
+        place = find_place(comm, config, self.problem, console)
+        self.place = balance(place, config, self.problem, self._split, console)
+        say_stages(console, self.place, card)
         peak = LEARNING_RATES["scratch"]
         self.stepper = build_stepper(config, self.problem, self.place, console, num_steps=num_steps, peak=peak)
         console.say(
             "bench", f"{config.model}, batch {config.train.batch_size}, {config.train.precision}, random tokens"
         )
-        self._split = _random_split(found, card)
         self._plan, _ = make_plan(config, self.problem, {"train": self._split})
         self._numbers = count()
         self.run(WARM_UP)
@@ -107,15 +116,20 @@ class Workload:
         """Train for so many steps more (collective)."""
         mesh = self.place.mesh
         mesh.world.Barrier()
-        began, tokens, parts = perf_counter(), 0, []
+        began, tokens, computed = perf_counter(), 0, 0.0
+        parts: list[dict[str, float]] = []
         for plan in map(self._plan.step, islice(self._numbers, num_steps)):
             loading = perf_counter()
             micro_batches = self.stepper.load(plan, self._split)
-            seconds = {"data": perf_counter() - loading}
-            parts.append(seconds | self.stepper.run(plan, micro_batches, False).seconds)
+            loaded = {"data": perf_counter() - loading}
+            parts.append(loaded | self.stepper.run(plan, micro_batches, False).seconds)
             tokens += plan.num_tokens
+            computed += self.stepper.executor.seconds_computed
         mesh.world.Barrier()
-        return Turn(tokens, perf_counter() - began, _mean_parts(mesh.world, parts))
+        seconds = perf_counter() - began
+        everyone = collect(mesh.world, computed)
+        stages = [max(everyone[stage :: mesh.num_stages]) for stage in range(mesh.num_stages)]
+        return Turn(tokens, seconds, _mean_parts(mesh.world, parts), stages)
 
     def describe(self, turns: list[Turn], steps: int) -> dict[str, Any]:
         """What was done in how many seconds."""
@@ -196,5 +210,13 @@ def table_of(turns: list[Turn], steps: int) -> Table:
         table.add_row(label, f"{1e3 * np.median([turn.parts[name] / steps for turn in turns]):,.1f}")
     rate = np.median([turn.tokens / turn.seconds for turn in turns])
     spread = f"; half the distance of the quartiles {(upper - lower) / median / 2:.1%}" if len(turns) > 1 else ""
-    table.caption = f"{rate:,.0f} tokens/s{spread}"
+    table.caption = f"{rate:,.0f} tokens/s{spread}{_say_stages([turn.stages for turn in turns], steps)}"
     return table
+
+
+def _say_stages(turns: list[list[float]], steps: int) -> str:
+    times = 1e3 * np.median(turns, axis=0) / steps
+    if len(times) == 1:
+        return ""
+    each = " / ".join(f"{time:,.0f}" for time in times)
+    return f"; stages compute {each} ms, the longest {times.max() / times.mean():.2f} of the mean"

@@ -62,7 +62,9 @@ def split_blocks(
     return list(pairwise(reversed(borders)))
 
 
-def split_chunks(costs: Sequence[float], stages: Sequence[int]) -> list[tuple[int, int]]:
+def split_chunks(
+    costs: Sequence[float], stages: Sequence[int], speeds: Sequence[float] | None = None
+) -> list[tuple[int, int]]:
     """Cut the blocks into contiguous chunks, none empty, so that the slowest stage is as fast as can be.
 
     Among equals the longest chunk is as short as can be: others wait for it to pass. Exact, by branch and bound, as far
@@ -72,30 +74,33 @@ def split_chunks(costs: Sequence[float], stages: Sequence[int]) -> list[tuple[in
     Args:
         costs: time of each block, any unit, not negative; there are enough for all chunks.
         stages: which stage holds each chunk, in the model's order.
+        speeds: of each stage's machine, as in `split_blocks`.
 
     Returns:
         (start, stop) of each chunk in blocks.
     """
     before, loads = list(accumulate(costs, initial=0.0)), [0.0] * (max(stages) + 1)
+    speed = [1.0] * len(loads) if speeds is None else speeds
     later = [set(stages[number + 1 :]) for number in range(len(stages))]
-    best, cuts = [0, *(stop for _, stop in split_blocks(costs, len(stages)))], [0]
-    least, branches = _weigh(before, stages, best) * (1 + 1e-9), count()
+    best, cuts = [0, *(stop for _, stop in split_blocks(costs, len(stages), [speed[stage] for stage in stages]))], [0]
+    least, branches = _weigh(before, stages, speed, best) * (1 + 1e-9), count()
 
     def cut(longest: float) -> None:
         nonlocal best, least
         number, start = len(cuts) - 1, cuts[-1]
         num_after = len(stages) - number - 1
         if num_after < 0:
-            least, best = _weigh(before, stages, cuts), list(cuts)
+            least, best = _weigh(before, stages, speed, cuts), list(cuts)
             return
         stage, load = stages[number], loads[stages[number]]
         for stop in range(start + 1 if num_after else len(costs), len(costs) - num_after + 1):
-            chunk = before[stop] - before[start]
+            chunk = (before[stop] - before[start]) / speed[stage]
             loads[stage] = load + chunk
             if loads[stage] + EVENNESS * max(longest, chunk) >= least or next(branches) > MOST_BRANCHES:
                 break
             # What the stages that still get a chunk may take must hold what is left.
-            if not num_after or sum(least - loads[each] for each in later[number]) > before[-1] - before[stop]:
+            room = sum((least - loads[each]) * speed[each] for each in later[number])
+            if not num_after or room > before[-1] - before[stop]:
                 cuts.append(stop)
                 cut(max(longest, chunk))
                 cuts.pop()
@@ -105,8 +110,8 @@ def split_chunks(costs: Sequence[float], stages: Sequence[int]) -> list[tuple[in
     return list(pairwise(best))
 
 
-def _weigh(before: Sequence[float], stages: Sequence[int], cuts: Sequence[int]) -> float:
-    chunks = [before[stop] - before[start] for start, stop in pairwise(cuts)]
+def _weigh(before: Sequence[float], stages: Sequence[int], speed: Sequence[float], cuts: Sequence[int]) -> float:
+    chunks = [(before[b] - before[a]) / speed[at] for (a, b), at in zip(pairwise(cuts), stages, strict=True)]
     loads = [sum(chunk for chunk, at in zip(chunks, stages, strict=True) if at == stage) for stage in set(stages)]
     return max(loads) + EVENNESS * max(chunks)
 
@@ -126,13 +131,13 @@ def by_hand(layers: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
     if sum(layers) != num_layers or min(layers, default=0) < 0:
         arithmetic = " + ".join(map(str, layers)) or "nothing"
         raise UsageError(
-            f"pipeline.layers: {given!r} is {arithmetic} = {sum(layers)} layers, the model has {num_layers}; "
+            f"pipeline.balance: {given!r} is {arithmetic} = {sum(layers)} layers, the model has {num_layers}; "
             f"give one count per stage, none negative, that add up to {num_layers}"
         )
     for stage, size in enumerate(layers[1:-1], 1):
         if size == 0:
             raise UsageError(
-                f"pipeline.layers: {given!r} leaves stage {stage} without a block; only the first stage (embeddings) "
+                f"pipeline.balance: {given!r} leaves stage {stage} without a block; only the first stage (embeddings) "
                 f"and the last (head) may have 0 layers"
             )
     stops = list(accumulate(layers, initial=1))

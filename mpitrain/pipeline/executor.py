@@ -24,6 +24,7 @@ from mpitrain.pipeline.messages import program
 from mpitrain.pipeline.schedule import Kind, Schedule
 from mpitrain.runtime.mesh import Mesh
 
+COMPUTE = {Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT}
 ACTIVATION, GRADIENT = 0, 1  # what enters a chunk from the one before and from the one behind
 
 
@@ -87,7 +88,7 @@ class Executor:
         self._num_labelled = 1
         self._loss_scale = 1.0
         self._after_backward: Callable[[], None] = lambda: None
-        self.seconds_waited = 0.0
+        self.seconds_waited = self.seconds_computed = 0.0
         self._carry_out: dict[Kind, Callable[[int, int], None]] = {
             Kind.POST_ACTIVATION: partial(self._post, ACTIVATION),
             Kind.POST_GRADIENT: partial(self._post, GRADIENT),
@@ -130,9 +131,12 @@ class Executor:
     def _run(self, micro_batches: Sequence[MicroBatch], *, train: bool) -> None:
         self._micro_batches = micro_batches
         self._flights = [[_Flight() for _ in micro_batches] for _ in self._places]
-        self.seconds_waited = 0.0
+        self.seconds_waited = self.seconds_computed = 0.0
         for instruction in program(self._schedule, self._mesh.stage, len(micro_batches), train=train):
+            began = time.thread_time()  # does not count what other ranks take of a core that they share
             self._carry_out[instruction.kind](instruction.chunk, instruction.micro_batch)
+            if instruction.kind in COMPUTE:
+                self.seconds_computed += time.thread_time() - began
 
     def _neighbour(self, chunk: int, direction: int, *, sending: bool) -> tuple[int, int]:
         """(stage, chunk) that a message goes to or comes from."""

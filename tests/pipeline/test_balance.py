@@ -114,8 +114,9 @@ def test_a_mesh_uses_every_rank_and_fills_every_stage(num_ranks, num_layers, num
     assert all(num_ranks // other * wanted > num_micro_batches for other in shorter)
 
 
-def slowest_and_longest(costs, stages, bounds) -> tuple[float, float]:
-    loads, chunks = [0.0] * (max(stages) + 1), [sum(costs[start:stop]) for start, stop in bounds]
+def slowest_and_longest(costs, stages, speeds, bounds) -> tuple[float, float]:
+    loads = [0.0] * (max(stages) + 1)
+    chunks = [sum(costs[start:stop]) / speeds[at] for (start, stop), at in zip(bounds, stages, strict=True)]
     for stage, chunk in zip(stages, chunks, strict=True):
         loads[stage] += chunk
     return max(loads), max(chunks)
@@ -126,9 +127,10 @@ def test_chunks_are_cut_as_well_as_by_trying_all_cuts(placement, data):
     stages = placement.stages
     size = st.integers(len(stages), len(stages) + 4)
     costs = data.draw(size.flatmap(lambda n: st.lists(st.integers(1, 9), min_size=n, max_size=n)))
-    found = split_chunks(costs, stages)
+    speeds = data.draw(st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=len(set(stages)), max_size=len(set(stages))))
+    found = split_chunks(costs, stages, speeds)
     assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
     assert found[-1][1] == len(costs)
     every = combinations(range(1, len(costs)), len(stages) - 1)
-    best = min(slowest_and_longest(costs, stages, list(pairwise([0, *cut, len(costs)]))) for cut in every)
-    assert slowest_and_longest(costs, stages, found) == best
+    best = min(slowest_and_longest(costs, stages, speeds, list(pairwise([0, *cut, len(costs)]))) for cut in every)
+    assert slowest_and_longest(costs, stages, speeds, found) == best
