@@ -29,6 +29,7 @@ COMMANDS = {
     "export": "write a checkpoint as a directory that transformers loads",
     "inspect": "show what is in a shard directory or a checkpoint",
     "plan": "show what each stage would hold, and the schedule of the pipeline",
+    "report": "show where the time of a traced run went, and draw its pipeline",
     "bench": "time our all-reduce beside MPI's own and gloo's, training steps, or their parts",
 }
 OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", "--ranks", "--show-schedule", *bench.FLAGS}
@@ -47,6 +48,8 @@ def command_parser(command: str) -> _Parser:
         parser.add_argument("files", nargs="*", metavar="FILE", help="train, dev and test text, instead of --data")
     if command in ("evaluate", "predict", "export"):
         parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a run directory or one checkpoint")
+    if command == "report":
+        parser.add_argument("directory", type=Path, metavar="DIR", help="a run that was trained with --trace N")
     if command == "inspect":
         parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="shards, run or checkpoint")
         parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="the same as DIR")
@@ -248,6 +251,13 @@ def _plan(world: Any, options: argparse.Namespace, settings: Config, console: Co
     return ExitCode.DONE
 
 
+def _report(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
+    from mpitrain.report import report
+
+    report(world, options.directory, settings.out or options.directory / "trace", console)
+    return ExitCode.DONE
+
+
 def show(world: Any, console: Console, place: Path) -> None:
     """What is in a directory, on rank 0 (collective); damage is an error after what there is was shown."""
     from mpitrain.describe import describe
@@ -275,5 +285,6 @@ HANDLERS: dict[str, Handler] = {
     "export": _export,
     "inspect": _inspect,
     "plan": _plan,
+    "report": _report,
     "bench": bench.run,
 }

@@ -6,9 +6,9 @@ import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -49,6 +49,8 @@ class Config(BaseSettings):
     """run directory; runs/<model>-<data>-<n> if not given (bench writes nothing then)"""
     resume: str = "auto"
     """auto: from the newest checkpoint in the run directory, if any; none; or a run or checkpoint directory"""
+    trace: Annotated[int, Field(ge=0)] = 0
+    """record so many steps of each rank, after the first two of a start, in trace/trace.json of the run directory"""
     mesh: Mesh = Mesh()
     pipeline: Pipeline = Pipeline()
     train: Train = Train()

@@ -108,9 +108,7 @@ def _show(console: Console, out: Path | None, arrangement: Arrangement, proof: P
         title = f"{arrangement.schedule.name}, {arrangement.pipe} stages: idle {proof.bubble:.1%}"
         try:
             for ending in ("png", "svg"):
-                draw(
-                    out / f"schedule.{ending}", proof, title, "time, in passes of a micro-batch through the whole model"
-                )
+                draw(out / f"schedule.{ending}", {title: proof}, "time, in passes of a micro-batch through the model")
         except ImportError:
             console.warn("no picture: matplotlib is not installed; pip install 'mpitrain[report]' brings it")
             return

@@ -18,6 +18,7 @@ from mpitrain.dataset.sequences import Sequences
 from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import IGNORED_LABEL
 from mpitrain.model.dropout import KeyedDropout
+from mpitrain.observe.trace import Trace
 from mpitrain.optim import LossScale, ShardedAdamW, learning_rate_at
 from mpitrain.pipeline.executor import Executor, MicroBatch
 from mpitrain.runtime.agree import collect, total
@@ -74,6 +75,7 @@ class Stepper:
         self.num_steps = num_steps
         self.peak_learning_rate = peak_learning_rate
         self.loss_scale = LossScale(options.precision)
+        self.trace: Trace | None = None
         self.num_updates = 0
         self.skipped_in_a_row = 0
 
@@ -94,6 +96,7 @@ class Stepper:
 
     def run(self, plan: StepPlan, micro_batches: Sequence[MicroBatch], stop: bool) -> StepResult:
         """Train on this replica's micro-batches of `plan` (collective over the mesh)."""
+        self.executor.trace = self.reducer.trace = self.trace
         began = time.perf_counter()
         self.reducer.start_step(len(micro_batches))
         loss = self.executor.train(
@@ -104,12 +107,14 @@ class Stepper:
         )
         computed = time.perf_counter()
         self.reducer.finish()
+        self._record("wait for reduce", computed)
         reduced = time.perf_counter()
         loss, grad_norm, stop = self._agree(loss, stop)
         wire_errors = self._measure_wire()
         learning_rate = learning_rate_at(plan.step, self.num_steps, self.peak_learning_rate, self.options.warmup_ratio)
         updated = math.isfinite(grad_norm) and math.isfinite(loss)
         gathering = self._update(grad_norm, learning_rate) if updated else 0.0
+        self._record("update", reduced)
         self._count(updated)
         seconds = {
             "forward_backward": computed - began - self.executor.seconds_waited,
@@ -155,6 +160,10 @@ class Stepper:
         began = time.perf_counter()
         self.exchange.spread()
         return time.perf_counter() - began
+
+    def _record(self, name: str, began: float) -> None:
+        if self.trace is not None:
+            self.trace.add(name, "step", int(1e9 * began))
 
     def close(self) -> None:
         """End the reducer's thread and give the exchange's memory back; the model is empty after this (collective)."""

@@ -22,6 +22,7 @@ from mpitrain.run import Run, build
 from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.launch import StopRequest, seconds_since_start
 from mpitrain.step import StepResult
+from mpitrain.tracing import Tracing
 
 
 def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tuple[int, Path]:
@@ -36,7 +37,9 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
         run = build(comm, config, console, stop, directory)
         directory = run.directory
         resume(run)
-        stopped = run_steps(run)
+        tracing = Tracing(run)
+        stopped = run_steps(run, tracing)
+        tracing.close()
         save_checkpoint(run)
         if not stopped:
             report_best(run)
@@ -69,7 +72,7 @@ def forget_last_exit(comm: Comm, out: Path | None) -> RunDirectory | None:
     return directory
 
 
-def run_steps(run: Run) -> str:
+def run_steps(run: Run, tracing: Tracing) -> str:
     """Train until the last step, the end of patience or a signal; names the signal, if any (collective)."""
     if evaluation_is_due(run):  # a signal came between the last step of an epoch and its evaluation
         evaluate_dev(run)
@@ -82,10 +85,12 @@ def run_steps(run: Run) -> str:
     try:
         for plan, micro_batches in batches:
             seconds = {"data": time.perf_counter() - began}
+            tracing.begin(plan.step + 1)
             result = run.stepper.run(plan, micro_batches, bool(run.stop))
             run.progress.step = plan.step + 1
             run.scores.clear()
             record_step(run, plan, result, time.perf_counter() - began, seconds | result.seconds)
+            tracing.end()
             if run.progress.step == first and (waited := seconds_since_start()) is not None:
                 run.console.say("start", f"{waited:.1f} s from this program's start to the end of a step")
             refuse_to_go_on_without_updates(run)

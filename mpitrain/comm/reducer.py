@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from functools import partial
 
 import torch
 
 from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.tree import TreeSum
+from mpitrain.observe.trace import REDUCER, Trace, now
 
 
 class GradientReducer:
@@ -38,6 +38,7 @@ class GradientReducer:
             for index, member in enumerate(bucket.members):
                 hook = partial(self._arrived, number, index)
                 member.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self.trace: Trace | None = None
         self.seconds = 0.0  # that the thread has spent on the buckets of this step
         self._thread = threading.Thread(target=self._work, name="gradient-reducer", daemon=True)
         self._thread.start()
@@ -101,9 +102,11 @@ class GradientReducer:
             torch.cuda.set_device(self._exchange.transport.device)  # the current device is a property of the thread
         while (number := self._todo.get()) is not None:
             try:
-                began = time.perf_counter()
+                began = now()
                 self._exchange.reduce(number)
-                self.seconds += time.perf_counter() - began
+                self.seconds += (now() - began) / 1e9
+                if self.trace is not None:
+                    self.trace.add(f"reduce bucket {number}", "reduce", began, REDUCER)
                 self._done.put(None)
             except BaseException as error:
                 self._done.put(error)

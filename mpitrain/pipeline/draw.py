@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mpitrain.pipeline.prove import Proof, Span
 from mpitrain.pipeline.schedule import Kind, Placement
@@ -11,6 +12,7 @@ LETTERS = {Kind.FORWARD: "0123456789"}
 LETTERS |= dict.fromkeys((Kind.BACKWARD, Kind.BACKWARD_INPUT), "abcdefghijklmnopqrstuvwxyz")
 LETTERS[Kind.BACKWARD_WEIGHT] = LETTERS[Kind.BACKWARD].upper()
 LEGEND = "0 1 2 forward; a b c backward, or its half for inputs; A B C its half for weights"
+MOST_NUMBERED = 64  # bars of a stage with the number of their micro-batch
 COLORS = {Kind.FORWARD: "C0", Kind.BACKWARD: "C1", Kind.BACKWARD_INPUT: "C1", Kind.BACKWARD_WEIGHT: "C2"}
 
 
@@ -39,28 +41,30 @@ def _line(spans: list[Span], width: int, columns_per_unit: float, *, chunks: boo
     return "".join(line)
 
 
-def draw(file: Path, proof: Proof, title: str, unit: str) -> None:
-    """A row for each stage, later chunks paler; PNG, SVG or PDF as the file's name ends."""
+def draw(file: Path, panels: dict[str, Proof], unit: str) -> None:
+    """A row for each stage, later chunks paler, below each panel's title; PNG, SVG or PDF as the file's name ends."""
     from matplotlib.figure import Figure
 
-    num_stages = len(proof.spans)
-    figure = Figure(figsize=(10, 1.2 + 0.5 * num_stages), layout="constrained")
-    panel = figure.subplots()
-    named = set()
-    num_spans = max(map(len, proof.spans), default=0)
+    num_stages = max(len(proof.spans) for proof in panels.values())
+    figure = Figure(figsize=(10, 0.5 + (0.7 + 0.5 * num_stages) * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axis, (title, proof) in zip(axes, panels.items(), strict=True):
+        _draw_stages(axis, proof)
+        axis.set(yticks=range(num_stages), yticklabels=[f"stage {stage}" for stage in range(num_stages)])
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=10)
+    axes[-1].set(xlabel=unit, xlim=(0, max(proof.makespan for proof in panels.values()) or 1))
+    named = {patch.get_label(): patch for axis in axes for patch in axis.containers if patch.get_label()[0] != "_"}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=len(named), frameon=False, fontsize=8)
+    figure.savefig(file, dpi=150)
+
+
+def _draw_stages(axis: Any, proof: Proof) -> None:
+    numbered = max(map(len, proof.spans), default=0) <= MOST_NUMBERED
     for stage, spans in enumerate(proof.spans):
         for span in spans:
-            step = span.instruction
-            label = None if step.kind in named else step.kind.value
-            named.add(step.kind)
-            length = span.stop - span.start
-            bar = panel.barh(stage, length, left=span.start, height=0.9, color=COLORS[step.kind], label=label)[0]
-            bar.set(alpha=0.9 / (1 + step.chunk), edgecolor="white", linewidth=0.5)
-            if num_spans <= 64:
-                panel.text(span.start + length / 2, stage, str(step.micro_batch), ha="center", va="center", fontsize=7)
-    panel.set(yticks=range(num_stages), yticklabels=[f"stage {stage}" for stage in range(num_stages)], xlabel=unit)
-    panel.invert_yaxis()
-    panel.set_xlim(0, proof.makespan or 1)
-    panel.set_title(title, fontsize=10)
-    figure.legend(loc="outside lower center", ncols=len(named), frameon=False, fontsize=8)
-    figure.savefig(file, dpi=150)
+            step, length = span.instruction, span.stop - span.start
+            bars = axis.barh(stage, length, left=span.start, height=0.9, color=COLORS[step.kind], label=step.kind.value)
+            bars[0].set(alpha=0.9 / (1 + step.chunk), edgecolor="white", linewidth=0.5)
+            if numbered:
+                axis.text(span.start + length / 2, stage, str(step.micro_batch), ha="center", va="center", fontsize=7)

@@ -20,11 +20,13 @@ from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import BertStage, token_loss
 from mpitrain.model.dropout import KeyedDropout
 from mpitrain.model.linear import postponed
+from mpitrain.observe.trace import Trace, now
 from mpitrain.pipeline.messages import program
-from mpitrain.pipeline.schedule import Kind, Schedule
+from mpitrain.pipeline.schedule import Instruction, Kind, Schedule
 from mpitrain.runtime.mesh import Mesh
 
 COMPUTE = {Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT}
+POSTS = {Kind.POST_ACTIVATION, Kind.POST_GRADIENT}
 ACTIVATION, GRADIENT = 0, 1  # what enters a chunk from the one before and from the one behind
 
 
@@ -89,6 +91,7 @@ class Executor:
         self._loss_scale = 1.0
         self._after_backward: Callable[[], None] = lambda: None
         self.seconds_waited = self.seconds_computed = 0.0
+        self.trace: Trace | None = None
         self._carry_out: dict[Kind, Callable[[int, int], None]] = {
             Kind.POST_ACTIVATION: partial(self._post, ACTIVATION),
             Kind.POST_GRADIENT: partial(self._post, GRADIENT),
@@ -133,10 +136,18 @@ class Executor:
         self._flights = [[_Flight() for _ in micro_batches] for _ in self._places]
         self.seconds_waited = self.seconds_computed = 0.0
         for instruction in program(self._schedule, self._mesh.stage, len(micro_batches), train=train):
-            began = time.thread_time()  # does not count what other ranks take of a core that they share
+            began, began_to_compute = now(), time.thread_time()
             self._carry_out[instruction.kind](instruction.chunk, instruction.micro_batch)
-            if instruction.kind in COMPUTE:
-                self.seconds_computed += time.thread_time() - began
+            if instruction.kind in COMPUTE:  # without what other ranks take of a core that they share
+                self.seconds_computed += time.thread_time() - began_to_compute
+            if self.trace is not None and instruction.kind not in POSTS:
+                self._record(self.trace, instruction, began)
+
+    @staticmethod
+    def _record(trace: Trace, instruction: Instruction, began: int) -> None:
+        category = "compute" if instruction.kind in COMPUTE else "message"
+        number, chunk, kind = instruction.micro_batch, instruction.chunk, instruction.kind.value
+        trace.add(str(instruction), category, began, micro_batch=number, chunk=chunk, kind=kind)
 
     def _neighbour(self, chunk: int, direction: int, *, sending: bool) -> tuple[int, int]:
         """(stage, chunk) that a message goes to or comes from."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
 from mpitrain.pipeline.schedule import Instruction, Kind, Placement, in_turn
+
+TimeOf = Callable[[Instruction, int], float]  # of a pass of the chunk at a place in the model
 
 
 class ScheduleError(ValueError):
@@ -45,14 +47,12 @@ class Times:
     backward: float | Sequence[float] = 2.0
     weight: float | Sequence[float] = 1.0  # the part of the backward pass that is for gradients of weights
 
-    def of(self, kind: Kind, place: int) -> float:
-        """Of one FORWARD, BACKWARD, BACKWARD_INPUT or BACKWARD_WEIGHT."""
-        forward, backward, weight = (
-            each if isinstance(each, int | float) else each[place]
-            for each in (self.forward, self.backward, self.weight)
-        )
+    def __call__(self, step: Instruction, place: int) -> float:
+        """Of one pass of the chunk at a place in the model."""
+        found = (self.forward, self.backward, self.weight)
+        forward, backward, weight = (each if isinstance(each, int | float) else each[place] for each in found)
         times = {Kind.FORWARD: forward, Kind.BACKWARD: backward, Kind.BACKWARD_WEIGHT: weight}
-        return times.get(kind, backward - weight)
+        return times.get(step.kind, backward - weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class _Play:
         stages: list[_Stage],
         placement: Placement,
         num_micro_batches: int,
-        times: Times,
+        times: TimeOf,
         train: bool,
         blocking_sends: bool,
     ) -> None:
@@ -199,7 +199,7 @@ class _Play:
         before = {Instruction(kind, step.micro_batch, step.chunk) for kind in SAME[step.kind]} & stage.computed
         self.require(not before, number, step, "was computed before")
         self.require_inputs(number, step)
-        start, stage.clock = stage.clock, stage.clock + self.times.of(step.kind, places[step.chunk])
+        start, stage.clock = stage.clock, stage.clock + self.times(step, places[step.chunk])
         stage.spans.append(Span(step, start, stage.clock))
         stage.computed.add(step)
         if self.train and step.kind is not Kind.BACKWARD_INPUT:
@@ -269,7 +269,7 @@ def play(
     num_micro_batches: int,
     *,
     placement: Placement | None = None,
-    times: Times | None = None,
+    times: TimeOf | None = None,
     train: bool = True,
     blocking_sends: bool = True,
 ) -> Proof:

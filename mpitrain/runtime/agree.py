@@ -52,6 +52,22 @@ def collect(comm: Comm, value: Any) -> list[Any]:
     return [json.loads(buffer[a:b].tobytes()) for a, b in pairwise(starts)]
 
 
+def gather(comm: Comm, value: Any) -> list[Any]:
+    """Everyone's JSON value, in rank order, on rank 0; nothing on others. For what is too large for `collect`."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    if comm.rank > 0:
+        comm.Send(np.array([text.size], np.int64), 0)
+        comm.Send([text, MPI.BYTE], 0)
+        return []
+    found, size = [value], np.empty(1, np.int64)
+    for source in range(1, comm.size):
+        comm.Recv(size, source)
+        buffer = np.empty(size[0], np.uint8)
+        comm.Recv([buffer, MPI.BYTE], source)
+        found.append(json.loads(buffer.tobytes()))
+    return found
+
+
 def total(comm: Comm, values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Element-wise sum over ranks, in rank order, so that the bits are the same on every rank and in every run."""
     everyone = np.empty((comm.size, *values.shape))

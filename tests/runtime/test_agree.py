@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpitrain.errors import DataError, ExitCode, MpitrainError
-from mpitrain.runtime.agree import any_rank, collect, share, share_array, together, total
+from mpitrain.runtime.agree import any_rank, collect, gather, share, share_array, together, total
 
 pytestmark = pytest.mark.mpi(min_size=1)
 
@@ -26,6 +26,11 @@ def test_share_array_keeps_shape_dtype_and_bits(comm, shape):
 
 def test_collect_is_in_rank_order_for_values_of_unequal_size(comm):
     assert collect(comm, "x" * comm.rank) == ["x" * rank for rank in range(comm.size)]
+
+
+def test_gather_brings_values_of_unequal_size_to_the_first_rank_alone(comm):
+    expected = [{"rank": rank, "text": "é" * 1000 * rank} for rank in range(comm.size)]
+    assert gather(comm, expected[comm.rank]) == (expected if comm.rank == 0 else [])
 
 
 def test_total_has_the_same_bits_everywhere(comm):

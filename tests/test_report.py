@@ -1,0 +1,131 @@
+"""A traced run tells what each rank did when, and its bubble stands beside the one that the schedule promises."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from launching import mpitrain
+from tiny import make_tiny
+
+from mpitrain.errors import DataError
+from mpitrain.report import read_steps
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory):
+    place = tmp_path_factory.mktemp("report")
+    return place, make_tiny(place), {"MPITRAIN_CACHE": str(place / "cache")}
+
+
+def train(problem, ranks: int, out: str, *flags: str):
+    place, common, environment = problem
+    done = mpitrain(ranks, *common, "--out", out, *flags, cwd=place, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, place / out / "trace" / "trace.json"
+
+
+@pytest.mark.parametrize(
+    "ranks, flags, passes",
+    [
+        (2, ["--mesh.pipe", "2", "--pipeline.schedule", "zb-v"], 2 * 2 * 3),
+        (3, ["--mesh.data", "3"], 2),
+        (4, ["--mesh.pipe", "2", "--pipeline.schedule", "1f1b"], 2 * 2),
+    ],
+)
+def test_a_run_leaves_the_trace_of_the_steps_asked_for_and_a_report_of_it(problem, ranks, flags, passes):
+    done, file = train(problem, ranks, f"traced-{ranks}", "--trace", "3", "--train.max_steps", "6", *flags)
+    assert f"open it at https://ui.perfetto.dev, or: python -m mpitrain report traced-{ranks}" in done.stdout
+    events = [event for event in json.loads(file.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert {event["args"]["step"] for event in events} == {3, 4, 5}
+    assert {event["pid"] for event in events} == set(range(ranks))
+    assert min(event["ts"] for event in events) == 0
+    computed = Counter(event["args"]["step"] for event in events if event["cat"] == "compute")
+    assert computed == dict.fromkeys([3, 4, 5], 4 * passes), "each pass of each micro-batch once, whoever does it"
+    steps = Counter((event["name"], event["pid"]) for event in events if event["cat"] == "step")
+    assert steps == {(name, rank): 3 for name in ("wait for reduce", "update") for rank in range(ranks)}
+    reduced = [event for event in events if event["cat"] == "reduce"]
+    assert {event["pid"] for event in reduced} == set(range(ranks)) and {event["tid"] for event in reduced} == {1}
+    for rank in range(ranks):
+        spans = sorted((event["ts"], event["dur"]) for event in events if event["pid"] == rank and event["tid"] == 0)
+        assert all(a + long <= b + 1 for (a, long), (b, _) in pairwise(spans)), "one at a time"
+    shown = mpitrain(1, "report", f"traced-{ranks}", cwd=problem[0])
+    assert shown.returncode == 0, shown.stderr
+    rows = [line.split() for line in shown.stdout.splitlines() if line.strip()[:1].isdigit()]
+    stages = 1 if "--mesh.data" in flags else 2
+    assert [row[:2] for row in rows] == [[str(step), str(r)] for step in (3, 4, 5) for r in range(ranks // stages)]
+    assert (file.parent / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (file.parent / "timeline.svg").read_text()
+    found, crowded = read_steps(file)
+    assert crowded == ("ranks shared cores" in shown.stdout)
+    assert all(0 <= step.predicted.bubble <= step.measured.bubble < 1 for step in found)
+
+
+def test_a_run_that_ends_before_the_last_traced_step_leaves_those_there_are(problem):
+    _, file = train(problem, 2, "short", "--trace", "9", "--train.max_steps", "4")
+    assert {event["args"]["step"] for event in json.loads(file.read_text())["traceEvents"] if event["ph"] == "X"} == {
+        3,
+        4,
+    }
+
+
+@pytest.mark.parametrize("flags", [["--train.max_steps", "2", "--trace", "3"], ["--train.max_steps", "3"]])
+def test_where_nothing_was_recorded_no_trace_is_left(problem, flags):
+    done, file = train(problem, 1, f"none-{len(flags)}", *flags)
+    assert not file.parent.exists() and "perfetto" not in done.stdout
+
+
+def trace_of(tmp_path, order: list[tuple[int, str, int, float, float]], places=((0,), (1,))):
+    """(rank, kind, micro-batch, start, stop) in ms."""
+    events = [
+        {
+            **{"ph": "X", "cat": "compute", "name": kind, "pid": rank, "tid": 0},
+            **{"ts": 1e3 * start, "dur": 1e3 * (stop - start)},
+            "args": {"step": 1, "micro_batch": number, "chunk": 0, "kind": kind},
+        }
+        for rank, kind, number, start, stop in order
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events, "otherData": {"places": places}}))
+    return tmp_path / "trace.json"
+
+
+def test_what_messages_take_is_in_the_measured_bubble_alone(tmp_path):
+    passes = [(0, "forward", 0, 5, 6), (1, "forward", 0, 7, 8), (1, "backward", 0, 8, 10), (0, "backward", 0, 11, 13)]
+    [step], crowded = read_steps(trace_of(tmp_path, passes))
+    assert (step.number, step.replica, crowded) == (1, 0, False)
+    assert (step.measured.makespan, step.predicted.makespan) == pytest.approx((8, 6))
+    assert step.measured.bubble == pytest.approx(1 - 3 / 8)
+    assert step.predicted.bubble == pytest.approx(1 - 3 / 6)
+
+
+def test_each_pass_counts_with_its_own_time(tmp_path):
+    passes = [(0, "forward", n, sum(range(1, n + 1)), sum(range(1, n + 2))) for n in range(3)]
+    passes += [(1, "forward", n, stop, stop + 1) for n, (*_, stop) in enumerate(passes)]
+    back = [(1, "backward", n, 10 + n, 11 + n) for n in range(3)]
+    passes += back + [(0, "backward", n, stop, stop + 1) for _, _, n, _, stop in back]
+    [step], _ = read_steps(trace_of(tmp_path, passes))
+    assert [span.stop for span in step.predicted.spans[0][:3]] == [1, 3, 6]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"traceEvents": [], "otherData": {"places": [[0]]}}', '{"otherData": 1}', "\xff"]
+)
+def test_what_is_no_trace_is_refused(tmp_path, text):
+    (tmp_path / "trace.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"is no trace of a run|holds no step"):
+        read_steps(tmp_path / "trace.json")
+
+
+def test_a_pass_that_never_was_or_two_of_the_same_make_no_step(tmp_path):
+    for passes in ([(0, "forward", 0, 0, 1)], [(0, "forward", 0, 0, 1)] * 2):
+        with pytest.raises(DataError, match="is no trace of a run"):
+            read_steps(trace_of(tmp_path, passes))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_without_a_trace_is_an_error_with_the_way_out(tmp_path, ranks):
+    done = mpitrain(ranks, "report", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 65
+    assert "trace.json: No such file or directory; train with --trace N, and give the run's directory" in done.stderr
