@@ -6,6 +6,7 @@ import json
 import platform
 from typing import Any
 
+from mpitrain.errors import UsageError
 from mpitrain.files import replace_file, user_path
 from mpitrain.observe.trace import Trace
 from mpitrain.run import Run
@@ -43,16 +44,20 @@ class Tracing:
 
 
 def write(run: Run, trace: Trace) -> None:
-    """One file of all ranks, times in us from the first span (collective)."""
+    """One file of all ranks, times in us from the first span; no run ends because it cannot be written (collective)."""
     mesh, world = run.place.mesh, run.world
     title = f"replica {mesh.replica}, stage {mesh.stage} (rank {world.rank}, {platform.node()})"
     everyone = gather(world, trace.events(world.rank, title, offset_to_root(world)))
     file = run.directory.path / "trace" / "trace.json"
-    with together(world, "writing the trace"):
-        if world.rank == 0:
-            with user_path("--out", file):
-                file.parent.mkdir(exist_ok=True)
-                replace_file(file, json.dumps(document(everyone, run)))
+    try:
+        with together(world, "writing the trace"):
+            if world.rank == 0:
+                with user_path("--trace", file):
+                    file.parent.mkdir(exist_ok=True)
+                    replace_file(file, json.dumps(document(everyone, run)))
+    except UsageError as error:
+        run.console.warn(str(error))
+        return
     run.console.say(
         "trace", f"{file}: open it at https://ui.perfetto.dev, or: python -m mpitrain report {run.directory.path}"
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 from launching import mpitrain
-from tiny import make_tiny
+from tiny import exit_of, make_tiny
 
 from mpitrain.errors import DataError
 from mpitrain.report import read_steps
@@ -75,6 +76,14 @@ def test_a_run_that_ends_before_the_last_traced_step_leaves_those_there_are(prob
 def test_where_nothing_was_recorded_no_trace_is_left(problem, flags):
     done, file = train(problem, 1, f"none-{len(flags)}", *flags)
     assert not file.parent.exists() and "perfetto" not in done.stdout
+
+
+def test_a_trace_that_cannot_be_written_is_not_worth_a_run(problem):
+    (problem[0] / "blocked" / "checkpoints").mkdir(parents=True)
+    (problem[0] / "blocked" / "trace").write_text("in the way")
+    done, file = train(problem, 2, "blocked", "--trace", "2", "--train.max_steps", "5")
+    assert re.search(r"warning +--trace .*trace.json: (File exists|Not a directory)", done.stdout), done.stdout
+    assert exit_of(file.parent.parent)["code"] == 0
 
 
 def trace_of(tmp_path, order: list[tuple[int, str, int, float, float]], places=((0,), (1,))):

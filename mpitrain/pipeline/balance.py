@@ -85,7 +85,7 @@ def split_chunks(
     best, cuts = [0, *(stop for _, stop in split_blocks(costs, len(stages), [speed[stage] for stage in stages]))], [0]
     least, branches = _weigh(before, stages, speed, best) * (1 + 1e-9), count()
 
-    def cut(longest: float) -> None:
+    def cut(slowest: float, longest: float) -> None:
         nonlocal best, least
         number, start = len(cuts) - 1, cuts[-1]
         num_after = len(stages) - number - 1
@@ -96,17 +96,18 @@ def split_chunks(
         for stop in range(start + 1 if num_after else len(costs), len(costs) - num_after + 1):
             chunk = (before[stop] - before[start]) / speed[stage]
             loads[stage] = load + chunk
-            if loads[stage] + EVENNESS * max(longest, chunk) >= least or next(branches) > MOST_BRANCHES:
+            worst = max(slowest, loads[stage]), max(longest, chunk)
+            if worst[0] + EVENNESS * worst[1] >= least or next(branches) > MOST_BRANCHES:
                 break
             # What the stages that still get a chunk may take must hold what is left.
             room = sum((least - loads[each]) * speed[each] for each in later[number])
             if not num_after or room > before[-1] - before[stop]:
                 cuts.append(stop)
-                cut(max(longest, chunk))
+                cut(*worst)
                 cuts.pop()
         loads[stage] = load
 
-    cut(0.0)
+    cut(0.0, 0.0)
     return list(pairwise(best))
 
 

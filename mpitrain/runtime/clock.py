@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,11 @@ def offset_to_root(comm: Comm) -> int:
 
 
 def boot_id() -> str:
-    """The same for all processes of a host, until it is started again (proc(5))."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """The same for all processes of a host, until it is started again (proc(5)); its name where that is not told."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
 
 
 def _answer(comm: Comm, leader: int) -> None:

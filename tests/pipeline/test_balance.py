@@ -122,6 +122,11 @@ def slowest_and_longest(costs, stages, speeds, bounds) -> tuple[float, float]:
     return max(loads), max(chunks)
 
 
+def test_among_equally_slow_splits_the_one_with_the_shortest_longest_chunk_is_taken():
+    found = split_chunks([1, 1, 3, 4, 4, 1, 1], in_a_v(3).stages)
+    assert found == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 7)]
+
+
 @given(st.sampled_from([in_turn(1, 2), in_turn(2, 2), in_turn(3, 2), in_turn(2, 3), in_a_v(2), in_a_v(3)]), st.data())
 def test_chunks_are_cut_as_well_as_by_trying_all_cuts(placement, data):
     stages = placement.stages
