@@ -36,7 +36,7 @@ class Proof:
     @property
     def bubble(self) -> float:
         """Share of the makespan in which the average stage computes nothing."""
-        return 1 - sum(self.busy) / len(self.busy) / self.makespan if self.makespan else 0.0
+        return max(0.0, 1 - sum(self.busy) / len(self.busy) / self.makespan) if self.makespan else 0.0
 
 
 @dataclass(frozen=True)
