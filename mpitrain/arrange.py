@@ -100,7 +100,8 @@ def _mesh_shape(
     data, stages = config.mesh.data, config.mesh.pipe
     if data is None and stages is None:
         if table is not None:
-            return max(1, num_ranks // max(1, num_rows(table))), max(1, num_rows(table))
+            pipe = max(1, num_rows(table))
+            return max(1, num_ranks // pipe), pipe
         num_chunks = SCHEDULES[config.pipeline.schedule](1, config.pipeline.chunks).placement.num_chunks
         if pipe is None and config.pipeline.layers is not None:
             pipe = max(1, len(config.pipeline.layers) // num_chunks)

@@ -13,12 +13,11 @@ from rich.text import Text
 
 from mpitrain.arrange import TYPICAL_LENGTH, Arrangement, arrange, name_blocks, read_table
 from mpitrain.config import Config
-from mpitrain.files import user_path
 from mpitrain.model.bert import parameter_shapes
 from mpitrain.model.card import ModelCard, resolve_model
 from mpitrain.model.cost import block_costs
 from mpitrain.observe.console import Console
-from mpitrain.pipeline.draw import LEGEND, draw, text
+from mpitrain.pipeline.draw import LEGEND, text, write
 from mpitrain.pipeline.messages import program
 from mpitrain.pipeline.prove import Proof, Times, play
 from mpitrain.problem import read_card
@@ -101,15 +100,6 @@ def _show(console: Console, out: Path | None, arrangement: Arrangement, proof: P
     placement = arrangement.schedule.placement
     console.show(Text(text(proof, placement, COLUMNS / proof.makespan if proof.makespan else 1.0)))
     console.show(Text(f"{LEGEND}{'; below: the chunk' if placement.num_chunks > 1 else ''}", style="dim"))
-    if out is None:
-        return
-    with user_path("--out", out):
-        out.mkdir(parents=True, exist_ok=True)
+    if out is not None:
         title = f"{arrangement.schedule.name}, {arrangement.pipe} stages: idle {proof.bubble:.1%}"
-        try:
-            for ending in ("png", "svg"):
-                draw(out / f"schedule.{ending}", {title: proof}, "time, in passes of a micro-batch through the model")
-        except ImportError:
-            console.warn("no picture: matplotlib is not installed; pip install 'mpitrain[report]' brings it")
-            return
-    console.say("written", f"{out / 'schedule.png'}, {out / 'schedule.svg'}")
+        write(out, "schedule", {title: proof}, "time, in passes of a micro-batch through the model", console)

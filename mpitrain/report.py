@@ -12,9 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from mpitrain.errors import DataError
-from mpitrain.files import user_path
 from mpitrain.observe.console import Console
-from mpitrain.pipeline.draw import draw
+from mpitrain.pipeline.draw import write
 from mpitrain.pipeline.messages import with_messages
 from mpitrain.pipeline.prove import Proof, Span, play
 from mpitrain.pipeline.schedule import Instruction, Kind, Placement
@@ -44,7 +43,7 @@ def report(comm: Comm, run: Path, out: Path, console: Console) -> None:
             if crowded:
                 console.warn("ranks shared cores: what others took of them counts as if it had been computed")
             console.show(table_of(steps))
-            _draw(steps, out, console)
+            write(out, "timeline", panels_of(steps), "ms", console)
 
 
 def read_steps(file: Path) -> tuple[list[Step], bool]:
@@ -83,9 +82,8 @@ def _step(number: int, replica: int, spans: list[list[Span]], placement: Placeme
         [Span(span.instruction, span.start - first, span.stop - first) for span in sorted(stage, key=lambda s: s.start)]
         for stage in spans
     ]
-    busy = [sum(span.stop - span.start for span in stage) for stage in spans]
     makespan = max(span.stop for stage in spans for span in stage)
-    return Step(number, replica, Proof([], busy, makespan, spans), predict(spans, placement))
+    return Step(number, replica, Proof([], makespan, spans), predict(spans, placement))
 
 
 def predict(spans: list[list[Span]], placement: Placement) -> Proof:
@@ -123,18 +121,10 @@ def table_of(steps: list[Step]) -> Table:
     return table
 
 
-def _draw(steps: list[Step], out: Path, console: Console) -> None:
+def panels_of(steps: list[Step]) -> dict[str, Proof]:
+    """The step of median length, measured and predicted, by title."""
     typical = sorted(steps, key=lambda step: step.measured.makespan)[len(steps) // 2]
-    panels = {
+    return {
         f"step {typical.number}, replica {typical.replica}: idle {typical.measured.bubble:.1%}": typical.measured,
         f"the same passes by the schedule: idle {typical.predicted.bubble:.1%}": typical.predicted,
     }
-    with user_path("--out", out):
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            for ending in ("png", "svg"):
-                draw(out / f"timeline.{ending}", panels, "ms")
-        except ImportError:
-            console.warn("no picture: matplotlib is not installed; pip install 'mpitrain[report]' brings it")
-            return
-    console.say("written", f"{out / 'timeline.png'}, {out / 'timeline.svg'}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 MOST_THREADS = 1024  # of a rank; thousands end in a crash of the library of threads
+BALANCES = ("cost", "measured")
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v")
 
 
@@ -18,7 +19,7 @@ def _joined(value: Any) -> Any:
 
 
 def _balance(value: str) -> str:
-    if value not in ("cost", "measured") and not re.fullmatch(r"-?\d+(,-?\d+)*", value):
+    if value not in BALANCES and not re.fullmatch(r"-?\d+(,-?\d+)*", value):
         raise ValueError("should be cost, measured, or layers of each stage such as 3,3,4,2")
     return value
 
@@ -61,8 +62,7 @@ class Pipeline(Section):
     @property
     def layers(self) -> tuple[int, ...] | None:
         """Layers of each stage or chunk, if they are given by hand."""
-        by_hand = self.balance not in ("cost", "measured")
-        return tuple(map(int, self.balance.split(","))) if by_hand else None
+        return None if self.balance in BALANCES else tuple(map(int, self.balance.split(",")))
 
 
 class Train(Section):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mpitrain.files import user_path
+from mpitrain.observe.console import Console
 from mpitrain.pipeline.prove import Proof, Span
 from mpitrain.pipeline.schedule import Kind, Placement
 
@@ -39,6 +41,24 @@ def _line(spans: list[Span], width: int, columns_per_unit: float, *, chunks: boo
         for column in range(round(span.start * columns_per_unit), round(span.stop * columns_per_unit)):
             line[column] = letter
     return "".join(line)
+
+
+def write(out: Path, stem: str, panels: dict[str, Proof], unit: str, console: Console) -> None:
+    """`<stem>.png` and `<stem>.svg` in `out`, if matplotlib is here; `draw` tells what they show.
+
+    Raises:
+        UsageError: `out` cannot be written.
+    """
+    files = [out / f"{stem}.{ending}" for ending in ("png", "svg")]
+    with user_path("--out", out):
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            for file in files:
+                draw(file, panels, unit)
+        except ImportError:
+            console.warn("no picture: matplotlib is not installed; pip install 'mpitrain[report]' brings it")
+            return
+    console.say("written", ", ".join(map(str, files)))
 
 
 def draw(file: Path, panels: dict[str, Proof], unit: str) -> None:

@@ -29,14 +29,18 @@ class Proof:
     """What a schedule costs. Lists have one entry per stage; times are in the unit of the times given to `play`."""
 
     peak_live: list[int]  # most chunks of micro-batches whose forward is done and whose whole backward is not
-    busy: list[float]
     makespan: float
     spans: list[list[Span]]  # all that is computed, in order
 
     @property
+    def busy(self) -> list[float]:
+        """Time in which each stage computes."""
+        return [sum(span.stop - span.start for span in stage) for stage in self.spans]
+
+    @property
     def bubble(self) -> float:
         """Share of the makespan in which the average stage computes nothing."""
-        return max(0.0, 1 - sum(self.busy) / len(self.busy) / self.makespan) if self.makespan else 0.0
+        return max(0.0, 1 - sum(self.busy) / len(self.spans) / self.makespan) if self.makespan else 0.0
 
 
 @dataclass(frozen=True)
@@ -291,9 +295,5 @@ def play(
     stages = [_Stage(told) for told in programs]
     placement = placement or in_turn(len(stages), 1)
     _Play(stages, placement, num_micro_batches, times or Times(), train, blocking_sends).run()
-    return Proof(
-        peak_live=[stage.peak_live for stage in stages],
-        busy=[sum(span.stop - span.start for span in stage.spans) for stage in stages],
-        makespan=max(stage.clock for stage in stages),
-        spans=[stage.spans for stage in stages],
-    )
+    spans = [stage.spans for stage in stages]
+    return Proof([stage.peak_live for stage in stages], max(stage.clock for stage in stages), spans)

@@ -31,9 +31,13 @@ def share_array(comm: Comm, array: NDArray[Any] | None, root: int = 0) -> NDArra
     return data
 
 
+def _encoded(value: Any) -> NDArray[np.uint8]:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
 def share(comm: Comm, value: Any, root: int = 0) -> Any:
     """Root's JSON value on every rank. Only root's argument counts."""
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if comm.rank == root else np.empty(0, np.uint8)
+    text = _encoded(value) if comm.rank == root else np.empty(0, np.uint8)
     size = np.array([text.size], np.int64)
     comm.Bcast(size, root)
     buffer = text.copy() if comm.rank == root else np.empty(size[0], np.uint8)
@@ -43,7 +47,7 @@ def share(comm: Comm, value: Any, root: int = 0) -> Any:
 
 def collect(comm: Comm, value: Any) -> list[Any]:
     """Everyone's JSON value, in rank order, on every rank."""
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    text = _encoded(value)
     sizes = np.empty(comm.size, np.int64)
     comm.Allgather(np.array([text.size], np.int64), sizes)
     buffer = np.empty(int(sizes.sum()), np.uint8)
@@ -54,7 +58,7 @@ def collect(comm: Comm, value: Any) -> list[Any]:
 
 def gather(comm: Comm, value: Any) -> list[Any]:
     """Everyone's JSON value, in rank order, on rank 0; nothing on others. For what is too large for `collect`."""
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    text = _encoded(value)
     if comm.rank > 0:
         comm.Send(np.array([text.size], np.int64), 0)
         comm.Send([text, MPI.BYTE], 0)
