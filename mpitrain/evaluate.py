@@ -17,8 +17,8 @@ from mpitrain.dataset.loader import Split
 from mpitrain.dataset.sequences import Sequences
 from mpitrain.files import replace_file, user_path
 from mpitrain.metrics import Counts, is_plain, report
-from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import BertStage, token_loss
+from mpitrain.model.layout import PackedLayout
 from mpitrain.observe.console import Console, score_table
 from mpitrain.pipeline.executor import Executor, MicroBatch
 from mpitrain.place import Place

@@ -1,6 +1,9 @@
-"""The one even split: chunks of tensors, micro-batches per replica and blocks of work are all cut by it."""
+"""The one even split, by which tensors, micro-batches, rows and blocks of work are all cut."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
 
 UNIT = 64  # elements: whole cache lines of any dtype, and whole vector registers of any processor
 
@@ -20,3 +23,43 @@ def aligned_part(index: int, total: int, count: int) -> tuple[int, int]:
     """
     start, stop = part(index, -(-total // UNIT), count)
     return min(UNIT * start, total), min(UNIT * stop, total)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank of a tensor group holds of a parameter: rows or columns [start, stop).
+
+    Attributes:
+        shape: of the whole parameter.
+        dim: that is cut, 0 or 1.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    start: int
+    stop: int
+
+    @classmethod
+    def whole(cls, *shape: int) -> Shard:
+        """All of it."""
+        return cls(shape, 0, 0, shape[0])
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Of the rank's own part."""
+        return *self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What cuts the own part out of the whole."""
+        return *[slice(None)] * self.dim, slice(self.start, self.stop)
+
+    @property
+    def columns(self) -> tuple[int, int] | None:
+        """[first, last) if some columns are held of all rows, else None."""
+        return (self.start, self.stop) if self.dim else None
+
+    @property
+    def offset(self) -> int:
+        """Where the own part begins in the flattened parameter, or in the flattened columns."""
+        return 0 if self.dim else self.start * prod(self.shape[1:])

@@ -15,9 +15,9 @@ from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.reducer import GradientReducer
 from mpitrain.dataset.batches import Indices, StepPlan, pad_lengths, wanted_tokens
 from mpitrain.dataset.sequences import Sequences
-from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import IGNORED_LABEL
 from mpitrain.model.dropout import KeyedDropout
+from mpitrain.model.layout import PackedLayout
 from mpitrain.observe.trace import Trace
 from mpitrain.optim import LossScale, ShardedAdamW, learning_rate_at
 from mpitrain.pipeline.executor import Executor, MicroBatch

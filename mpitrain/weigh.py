@@ -20,10 +20,10 @@ from mpitrain.checkpoint.manifest import find_checkpoint
 from mpitrain.config import Config
 from mpitrain.dataset.sequences import Sequences
 from mpitrain.errors import CheckpointError
-from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import BertStage, num_blocks, token_loss
 from mpitrain.model.dropout import KeyedDropout
 from mpitrain.model.initial import initialize
+from mpitrain.model.layout import PackedLayout
 from mpitrain.observe.console import Console
 from mpitrain.place import DTYPES, Place
 from mpitrain.problem import Problem

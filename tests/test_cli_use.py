@@ -158,9 +158,9 @@ def test_transformers_loads_what_export_writes_with_the_same_pieces_and_logits(t
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
     from mpitrain.dataset.tokenize import encode_sentences
-    from mpitrain.model.attention import PackedLayout
     from mpitrain.model.bert import BertStage, num_blocks
     from mpitrain.model.initial import load_weights
+    from mpitrain.model.layout import PackedLayout
     from mpitrain.observe.console import Console
     from mpitrain.restore import open_checkpoint, restore_weights
 

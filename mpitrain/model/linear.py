@@ -97,31 +97,34 @@ def rounds(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """Several linear layers with one input as one; the backward pass is two more products of the same kind."""
+    """Several linear layers with one input as one; the backward pass is two more products of the same kind.
+
+    Parameters are the weights, then as many biases, or none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        count = len(parameters) // 2
-        weight, bias = _stack(parameters[:count]), _stack(parameters[count:])
-        ctx.parameters = parameters
+    def forward(ctx: Any, x: Tensor, num_weights: int, *parameters: Tensor) -> Tensor:
+        weight, biases = _stack(parameters[:num_weights]), parameters[num_weights:]
+        ctx.num_weights, ctx.parameters = num_weights, parameters
         ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+        return product(x, weight, _stack(biases) if biases else None)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         parameters: tuple[Tensor, ...] = ctx.parameters
-        sizes = [len(each) for each in parameters[: len(parameters) // 2]]
+        sizes = [len(each) for each in parameters[: ctx.num_weights]]
 
         def for_parameters() -> list[Tensor]:
-            weights, biases = product(gradient.t(), x.t()), gradient.sum(0)
-            return [*torch.split(weights, sizes), *torch.split(biases, sizes)]
+            weights = torch.split(product(gradient.t(), x.t()), sizes)
+            biases = torch.split(gradient.sum(0), sizes) if len(parameters) > len(sizes) else ()
+            return [*weights, *biases]
 
         inputs = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         if _postponed is None:
-            return inputs, *for_parameters()
+            return inputs, None, *for_parameters()
         _postponed.append(lambda: torch.autograd.backward(parameters, for_parameters()))
-        return inputs, *[None for _ in parameters]
+        return inputs, None, *[None for _ in parameters]
 
 
 _linear = cast("Callable[..., Tensor]", _Linear.apply)
@@ -153,9 +156,9 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), (*first.shape[1:], 1))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """X [m, k], weight [n, k], bias [n], of one floating dtype, to [m, n]."""
-    return _linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X [m, k], weight [n, k], bias [n] if any, of one floating dtype, to [m, n]."""
+    return _linear(x, 1, weight) if bias is None else _linear(x, 1, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
@@ -183,4 +186,4 @@ def stacked_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     Returns:
         [m, sum of n_i], the layers' results side by side.
     """
-    return _linear(x, *weights, *biases)
+    return _linear(x, len(weights), *weights, *biases)

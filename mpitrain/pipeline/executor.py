@@ -16,9 +16,9 @@ from functools import partial
 import torch
 
 from mpitrain.comm.buffers import Parcel, Transport
-from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import BertStage, token_loss
 from mpitrain.model.dropout import KeyedDropout
+from mpitrain.model.layout import PackedLayout
 from mpitrain.model.linear import postponed
 from mpitrain.observe.trace import Trace, now
 from mpitrain.pipeline.messages import program

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from mpitrain.model import attention
-from mpitrain.model.attention import PackedLayout, packed_attention
+from mpitrain.model import layout as layouts
+from mpitrain.model.attention import packed_attention
 from mpitrain.model.dropout import KeyedDropout
+from mpitrain.model.layout import PackedLayout
 
 HEADS, HIDDEN = 3, 12
 
@@ -33,7 +35,7 @@ def one_by_one(projected, lengths):
 
 @pytest.fixture(params=[1, 1 << 40], ids=["many groups", "one group"])
 def worth(request, monkeypatch):
-    monkeypatch.setitem(attention.GROUP_WORTH, "cpu", request.param)
+    monkeypatch.setitem(layouts.GROUP_WORTH, "cpu", request.param)
     return request.param
 
 
@@ -52,8 +54,8 @@ def test_packed_attention_and_its_gradients_equal_attention_of_each_sequence_alo
 @given(st.lists(st.integers(1, 40), max_size=12), st.sampled_from([1, 300, 1 << 40]))
 def test_the_padded_rows_of_any_layout_are_distinct_and_hold_each_sequence_in_order(lengths, worth):
     patch = pytest.MonkeyPatch()
-    patch.setitem(attention.GROUP_WORTH, "cpu", worth)
-    padding = PackedLayout(lengths).padded(HEADS)
+    patch.setitem(layouts.GROUP_WORTH, "cpu", worth)
+    padding = PackedLayout(lengths).padded(HEADS, HEADS)
     patch.undo()
     rows, slots = sum(group.num_rows for group in padding.groups), padding.slots.view(-1, 3, HEADS)
     assert len(padding.sources) == 3 * rows and len(set(padding.slots.tolist())) == 3 * HEADS * sum(lengths)
@@ -65,15 +67,15 @@ def test_the_padded_rows_of_any_layout_are_distinct_and_hold_each_sequence_in_or
     owners = np.repeat(np.arange(len(lengths)), lengths)
     for buffer in padding.sources.view(3, rows):
         for _, part in padding.each(buffer[:, None]):
-            of_rows = part.view(-1, HEADS, part.shape[1])
-            assert (of_rows % HEADS == torch.arange(HEADS)[:, None]).all()
-            for sequence in owners[of_rows // (3 * HEADS)].reshape(len(of_rows), -1):
+            of_rows = part.view(HEADS, -1, part.shape[1])
+            assert (of_rows % HEADS == torch.arange(HEADS)[:, None, None]).all()
+            for sequence in owners[of_rows // (3 * HEADS)].reshape(-1, part.shape[1]):
                 assert len(set(sequence)) == 1  # padding repeats its own sequence
 
 
 def test_similar_lengths_share_a_group_and_very_different_ones_do_not():
-    assert len(PackedLayout([30, 28, 29, 31]).padded(HEADS).groups) == 1
-    assert len(PackedLayout([500, 3, 4, 5, 3]).padded(HEADS).groups) == 2
+    assert len(PackedLayout([30, 28, 29, 31]).padded(HEADS, HEADS).groups) == 1
+    assert len(PackedLayout([500, 3, 4, 5, 3]).padded(HEADS, HEADS).groups) == 2
 
 
 @settings(deadline=None, max_examples=60)
@@ -83,11 +85,11 @@ def test_no_other_cut_costs_less(lengths, worth):
     places = [place for place in (1, 2, 4, 8, 16, 24) if place < len(lengths)]
 
     def cost(bounds):
-        return sum((stop - start) * attention._padded(descending[start]) ** 2 + worth for start, stop in bounds)
+        return sum((stop - start) * layouts._padded(descending[start]) ** 2 + worth for start, stop in bounds)
 
     choices = (cuts for count in range(len(places) + 1) for cuts in combinations(places, count))
     least = min(cost(pairwise([0, *cuts, len(lengths)])) for cuts in choices)
-    found = attention._cut(descending, worth)
+    found = layouts._cut(descending, worth)
     assert list(found) == list(pairwise([0, *(stop for _, stop in found)])) and found[-1][1] == len(lengths)
     assert cost(found) == least
 
@@ -118,9 +120,9 @@ def test_dropout_hangs_on_the_key_alone(worth):
 
 def dense(projected, length, dropout, probability, site):
     """Attention of sequences of one length by plain operators, with dropout of the probabilities: the oracle."""
-    query, key, value = projected.view(-1, length, 3, HEADS, HIDDEN // HEADS).permute(2, 0, 3, 1, 4)
+    query, key, value = projected.view(-1, length, 3, HEADS, HIDDEN // HEADS).permute(2, 3, 0, 1, 4)
     weights = (query @ key.transpose(-1, -2) / (HIDDEN // HEADS) ** 0.5).softmax(-1)
-    return (dropout(weights, probability, site) @ value).transpose(1, 2).reshape(-1, HIDDEN)
+    return (dropout(weights, probability, site) @ value).permute(1, 2, 0, 3).reshape(-1, HIDDEN)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])

@@ -7,12 +7,12 @@ from transformers import BertConfig, BertForTokenClassification
 
 from mpitrain.comm.buckets import fill_buckets
 from mpitrain.errors import DataError
-from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import BertStage, num_blocks, parameter_shapes, token_loss
 from mpitrain.model.card import ModelCard
 from mpitrain.model.cost import block_costs
 from mpitrain.model.dropout import KeyedDropout
 from mpitrain.model.initial import initialize, load_weights
+from mpitrain.model.layout import PackedLayout
 
 LABELS = 5
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
@@ -163,7 +163,7 @@ def test_no_two_places_of_the_model_share_a_dropout_site():
     used = []
 
     class Recorder(KeyedDropout):
-        def mask(self, x, probability, site):
+        def mask(self, x, probability, site, region=None):
             used.append((site, probability))
 
     card = UNCASED.model_copy(update={"attention_probs_dropout_prob": 0.2, "classifier_dropout": 0.3})

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mpitrain.model.dropout import KeyedDropout
+from mpitrain.model.dropout import KeyedDropout, Region
 
 
 def kept(dropout, shape=(64, 33), probability=0.25, site=3, dtype=torch.float32):
@@ -19,6 +19,14 @@ def test_the_same_key_drops_the_same_elements_whatever_was_drawn_before():
 @pytest.mark.parametrize("key", [(2, 2, 3), (1, 3, 3), (1, 2, 4)])
 def test_another_seed_step_or_micro_batch_drops_others(key):
     assert not torch.equal(kept(KeyedDropout(1, 2, 3)), kept(KeyedDropout(*key)))
+
+
+@pytest.mark.parametrize("parts", [[(0, 7)], [(5, 14)], [(1, 1), (2, 3), (9, 11)], [(3, 0)], []])
+def test_parts_of_a_tensor_drop_what_the_whole_does(parts):
+    whole = kept(KeyedDropout(1, 2, 3), (20,))
+    own = torch.cat([torch.empty(0, dtype=torch.bool), *(whole[start : start + count] for start, count in parts)])
+    mask, _ = KeyedDropout(1, 2, 3).mask(torch.ones(len(own)), 0.25, 3, Region(20, parts))
+    assert torch.equal(mask == 1, own)
 
 
 def test_another_site_drops_others():

@@ -14,10 +14,10 @@ from transformers import (
 )
 
 from mpitrain.errors import DataError
-from mpitrain.model.attention import PackedLayout
 from mpitrain.model.bert import BertStage, num_blocks, parameter_shapes
 from mpitrain.model.card import ModelCard
 from mpitrain.model.initial import initialize, load_weights
+from mpitrain.model.layout import PackedLayout
 from mpitrain.model.pretrained import read_pretrained, write_pretrained
 
 NAMES = ["O", "B-PER", "I-PER"]
