@@ -57,16 +57,17 @@ class ShardedAdamW:
     torch's fused kernel is called as such: torch.optim.Optimizer would import the whole compiler, a second per rank.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], options: Train) -> None:
-        """Update what this rank owns of buckets that have their memory."""
+    def __init__(self, buckets: Sequence[Bucket], options: Train, *, first: bool = True) -> None:
+        """Update what this rank owns of buckets that have their memory; `first` of its tensor group, or another."""
         self._buckets = buckets
+        self._counted = [bucket for bucket in buckets if first or not bucket.shared]
         self._owned = [_Owned.of(piece) for bucket in buckets for piece in bucket.pieces]
         self._options = options
 
     def squared_norm(self) -> float:
         """Sum of squares of the owned gradients; summed over all ranks each parameter counts once."""
-        known = [bucket.squares for bucket in self._buckets if bucket.squares is not None]
-        others = [square_sum(bucket.reduced) for bucket in self._buckets if bucket.squares is None]
+        known = [bucket.squares for bucket in self._counted if bucket.squares is not None]
+        others = [square_sum(bucket.reduced) for bucket in self._counted if bucket.squares is None]
         return float(sum(known) + sum(others))
 
     def gradients(self) -> list[torch.Tensor]:
@@ -76,7 +77,7 @@ class ShardedAdamW:
     def step(self, learning_rate: float, gradient_factor: float) -> None:
         """Update what is owned with gradients times `gradient_factor`; to spread the result is the caller's part."""
         for decayed in (True, False):
-            group = [owned for owned in self._owned if decays(owned.piece.name) is decayed]
+            group = [owned for owned in self._owned if decays(owned.piece.member.name) is decayed]
             if group:
                 self._update(group, learning_rate, gradient_factor, self._options.weight_decay if decayed else 0.0)
         self.publish()
@@ -113,12 +114,15 @@ class ShardedAdamW:
         for owned in self._owned:
             owned.num_updates.fill_(num_updates)
 
-    def slices(self) -> Iterator[StateSlice]:
-        """Everything a checkpoint must hold of this rank: masters and moments, as live views."""
+    def slices(self, *, once: bool = False) -> Iterator[StateSlice]:
+        """Masters and moments, as live views; if each element is wanted `once`, shared ones of one rank only."""
+        counted = {member.name for bucket in self._counted for member in bucket.members}
         for owned in self._owned:
             piece = owned.piece
+            if once and piece.member.name not in counted:
+                continue
             for kind, values in zip(KINDS, (piece.master, owned.exp_avg, owned.exp_avg_sq), strict=True):
-                yield StateSlice(kind, piece.name, piece.shape, piece.start, piece.stop, values)
+                yield owned.piece.member.slice(kind, owned.piece.start, values)
 
 
 @dataclass(frozen=True)

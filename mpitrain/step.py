@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from mpitrain.dataset.sequences import Sequences
 from mpitrain.model.bert import IGNORED_LABEL
 from mpitrain.model.dropout import KeyedDropout
 from mpitrain.model.layout import PackedLayout
+from mpitrain.model.tensor_parallel import own_rows, sum_in_place
 from mpitrain.observe.trace import Trace
 from mpitrain.optim import LossScale, ShardedAdamW, learning_rate_at
 from mpitrain.pipeline.executor import Executor, MicroBatch
@@ -69,7 +71,9 @@ class Stepper:
         self.mesh = mesh
         self.executor = executor
         self.exchange = exchange
-        self.reducer = GradientReducer(exchange, reproducible=options.reproducible)
+        self.reducer = GradientReducer(
+            exchange, reproducible=options.reproducible, sum_shared=partial(sum_in_place, executor.stage.group)
+        )
         self.optimizer = optimizer
         self.options = options
         self.num_steps = num_steps
@@ -89,7 +93,8 @@ class Stepper:
             num_tokens = int(lengths.sum())
             wanted = wanted_tokens(_read(split, "word_starts", sequences, num_tokens, 0) == 1)
             tokens = _read(split, "tokens", sequences, num_tokens, PAD) if stage.has_embeddings else None
-            labels = _read(split, "labels", sequences, num_tokens, IGNORED_LABEL)[wanted] if stage.has_head else None
+            mine = wanted[own_rows(len(wanted), stage.group)]
+            labels = _read(split, "labels", sequences, num_tokens, IGNORED_LABEL)[mine] if stage.has_head else None
             layout, dropout = PackedLayout(lengths, device, wanted), KeyedDropout(self.options.seed, plan.step, number)
             loaded.append(MicroBatch(layout, _tensor(tokens, device), _tensor(labels, device), dropout))
         return loaded

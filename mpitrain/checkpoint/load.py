@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import h5py
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from mpitrain.checkpoint.manifest import Manifest, committed, read_manifest
+from mpitrain.checkpoint.manifest import Manifest, Piece, committed, read_manifest
 from mpitrain.comm.buckets import StateSlice
 from mpitrain.errors import CheckpointError, on_all_ranks
 from mpitrain.files import file_hash
@@ -65,24 +67,45 @@ def newest_usable(comm: Comm, checkpoints: Path, warn: list[str]) -> tuple[Path,
     return None
 
 
-def _places_of(manifest: Manifest) -> dict[tuple[str, str], list[tuple[int, int, str]]]:
-    """Bounds and file of every piece, by kind and name."""
-    places = defaultdict(list)
+Places = dict[tuple[str, str], list[tuple[str, Piece]]]
+Where = slice | NDArray[np.int64]
+
+
+def _places_of(manifest: Manifest) -> Places:
+    """File and extent of every piece, by kind and name."""
+    places: Places = defaultdict(list)
     for file, entry in manifest.files.items():
         for piece in entry.pieces:
-            places[piece.kind, piece.name].append((piece.start, piece.stop, file))
+            places[piece.kind, piece.name].append((file, piece))
     return places
+
+
+def overlap(wanted: StateSlice, piece: Piece) -> tuple[int, Where, Where]:
+    """How many elements both have, where they are in `wanted`, and where in `piece`."""
+    if wanted.columns == piece.columns:
+        start = max(wanted.start, piece.start)
+        stop = max(start, min(wanted.stop, piece.stop))
+        return (
+            stop - start,
+            slice(start - wanted.start, stop - wanted.start),
+            slice(start - piece.start, stop - piece.start),
+        )
+    ours, theirs = (each.columns or (0, wanted.shape[-1]) for each in (wanted, piece))
+    width, their_width = ours[1] - ours[0], theirs[1] - theirs[0]
+    first, last = piece.start // their_width, -(-piece.stop // their_width)  # rows
+    elements = np.arange(max(wanted.start, first * width), min(wanted.stop, last * width))
+    rows, columns = np.divmod(elements, width)
+    columns += ours[0] - theirs[0]
+    found = rows * their_width + columns - piece.start
+    both = (columns >= 0) & (columns < their_width) & (found >= 0) & (found < piece.stop - piece.start)
+    return int(both.sum()), elements[both] - wanted.start, found[both]
 
 
 def holds(manifest: Manifest, slices: Iterable[StateSlice]) -> bool:
     """Whether `fill` would find every element of these slices."""
     places = _places_of(manifest)
     return all(
-        sum(
-            max(0, min(stop, wanted.stop) - max(start, wanted.start))
-            for start, stop, _ in places[wanted.kind, wanted.name]
-        )
-        == wanted.stop - wanted.start
+        sum(overlap(wanted, piece)[0] for _, piece in places[wanted.kind, wanted.name]) == wanted.stop - wanted.start
         for wanted in slices
     )
 
@@ -108,21 +131,22 @@ def _fill_one(
     directory: Path,
     manifest: Manifest,
     wanted: StateSlice,
-    places: list[tuple[int, int, str]],
+    places: list[tuple[str, Piece]],
     opened: dict[str, h5py.File],
 ) -> None:
     shape = manifest.tensors.get(wanted.name)
     if shape != list(wanted.shape):
         raise CheckpointError(f"{directory}: {wanted.name} has shape {shape}, the model's is {list(wanted.shape)}")
     missing = wanted.stop - wanted.start
-    for first, last, name in places:
-        start, stop = max(first, wanted.start), min(last, wanted.stop)
-        if start >= stop:
+    for name, piece in places:
+        count, here, there = overlap(wanted, piece)
+        if not count:
             continue
         if name not in opened:
             opened[name] = h5py.File(directory / name, "r", locking=False)
-        values = opened[name][f"{wanted.kind}/{wanted.name}"][start - first : stop - first]
-        wanted.values[start - wanted.start : stop - wanted.start].copy_(torch.from_numpy(values))
-        missing -= stop - start
+        stored = opened[name][f"{wanted.kind}/{wanted.name}"]
+        values = stored[there] if isinstance(there, slice) else stored[:][there]  # h5py takes ages over numbers
+        wanted.values[here] = torch.from_numpy(values).to(wanted.values.device)
+        missing -= count
     if missing:
         raise CheckpointError(f"{directory}: {missing} elements of {wanted.kind} {wanted.name} are in no file")

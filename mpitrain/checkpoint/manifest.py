@@ -2,7 +2,7 @@
 
 A directory `step-NNNNNNNN` is a checkpoint if, and only if, it holds a manifest; the manifest is written last, and
 the directory gets its name only then. Tensors go by their logical (Hugging Face) name; a piece is the range
-[start, stop) of the flattened tensor, so any mesh can read what any other mesh wrote.
+[start, stop) of the flattened tensor, or of some columns of it, so any mesh can read what any other mesh wrote.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ class _Strict(BaseModel):
 
 
 class Piece(_Strict):
-    """A dataset `/<kind>/<name>` in a file: elements [start, stop) of the flattened tensor, fp32."""
+    """A dataset `/<kind>/<name>` in a file: elements [start, stop) of the flattened tensor, fp32.
+
+    With `columns`, the elements are those of columns [first, last) of a matrix alone, flattened.
+    """
 
     kind: str
     name: str
     start: Annotated[int, Field(ge=0)]
     stop: Annotated[int, Field(ge=0)]
+    columns: tuple[int, int] | None = None
 
 
 class FileEntry(_Strict):

@@ -12,27 +12,37 @@ zero, stays so, and need not travel, as long as rows consist of whole blocks of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mpitrain.split import UNIT
+from mpitrain.split import UNIT, Shard
 
 
 @dataclass(frozen=True)
 class Member:
-    """Where a parameter lies in its bucket: elements [start, stop), from a multiple of `split.UNIT` on."""
+    """Where a parameter lies in its bucket: elements [start, stop), from a multiple of `split.UNIT` on.
+
+    Attributes:
+        shard: what it is of the parameter of the whole model.
+    """
 
     name: str
     parameter: torch.nn.Parameter
     start: int
     stop: int
+    shard: Shard
+
+    def slice(self, kind: str, start: int, values: torch.Tensor) -> StateSlice:
+        """State of the parameter's own elements from `start` on."""
+        start += self.shard.offset
+        return StateSlice(kind, self.name, self.shard.shape, start, start + len(values), values, self.shard.columns)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of a parameter that this rank owns: elements [start, stop) of the flattened parameter.
+    """The part of a parameter that this rank owns: elements of the flattened parameter from `start` on.
 
     Attributes:
         weights: in the compute dtype, as the model reads them.
@@ -40,10 +50,8 @@ class Piece:
         gradients: fp32, summed over replicas once the bucket is reduced.
     """
 
-    name: str
-    shape: tuple[int, ...]
+    member: Member
     start: int
-    stop: int
     weights: torch.Tensor
     master: torch.Tensor
     gradients: torch.Tensor
@@ -51,7 +59,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class StateSlice:
-    """Elements [start, stop) of a flattened parameter's fp32 master weight or moment, to be saved or filled."""
+    """Elements [start, stop) of a flattened parameter's fp32 master weight or moment, to be saved or filled.
+
+    Attributes:
+        shape: of the whole parameter.
+        columns: [first, last) if the elements are counted in these columns of it alone.
+    """
 
     kind: str
     name: str
@@ -59,6 +72,7 @@ class StateSlice:
     start: int
     stop: int
     values: torch.Tensor
+    columns: tuple[int, int] | None = None
 
 
 class Bucket:
@@ -71,6 +85,7 @@ class Bucket:
         reduced: fp32 [stop - start of `owned`] of `gradients`, where that part's sum over replicas appears.
         squares: sum of squares of `reduced`, where an exchange has found it on its way, else None.
         num_rows: of a table whose gradients are rows, else 0.
+        shared: all ranks of a tensor group have it, and sum up its gradients before their replicas do.
         pieces: the parameters' parts inside the own part.
     """
 
@@ -79,8 +94,16 @@ class Bucket:
     reduced: torch.Tensor
     owned: tuple[int, int]
 
-    def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], *, by_rows: bool = False) -> None:
-        """Count; memory is for `attach`. A single table may be treated `by_rows`."""
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        shards: Mapping[str, Shard] | None = None,
+        *,
+        by_rows: bool = False,
+        shared: bool = False,
+    ) -> None:
+        """Count; memory is for `attach`. A single table may be treated `by_rows`. Without `shards` all is whole."""
+        self.shared = shared
         self.members: list[Member] = []
         self.pieces: list[Piece] = []
         self.size = 0
@@ -89,7 +112,8 @@ class Bucket:
         self._rows: list[torch.Tensor] = []  # touched in this step, by micro-batch
         self._spoilt: list[torch.Tensor] | None = []  # blocks that are not zero any more; None: all
         for name, parameter in named_parameters:
-            self.members.append(Member(name, parameter, self.size, self.size + parameter.numel()))
+            shard = shards[name] if shards else Shard.whole(*parameter.shape)
+            self.members.append(Member(name, parameter, self.size, self.size + parameter.numel(), shard))
             self.size += -(-parameter.numel() // UNIT) * UNIT
         shape = tuple(self.members[0].parameter.shape) if by_rows else ()
         self.num_rows = shape[0] if shape and shape[1] % UNIT == 0 else 0
@@ -185,16 +209,14 @@ class Bucket:
         # fp32 weights are their own masters; others are cast from masters, which keep what a cast would lose.
         master = weights if weights.dtype == torch.float32 else values.float().clone()
         gradients = self.reduced[start - self.owned[0] : stop - self.owned[0]]
-        shape = tuple(member.parameter.shape)
-        self.pieces.append(Piece(member.name, shape, *bounds, weights, master, gradients))
+        self.pieces.append(Piece(member, bounds[0], weights, master, gradients))
 
     def slices_of(self, kind: str, start: int, values: torch.Tensor) -> Iterator[StateSlice]:
         """Views of `values`, which belong to the bucket's elements from `start` on, by parameter."""
         for member in self.members:
             first, last = max(start, member.start), min(start + len(values), member.stop)
             if first < last:
-                shape, bounds = tuple(member.parameter.shape), (first - member.start, last - member.start)
-                yield StateSlice(kind, member.name, shape, *bounds, values[first - start : last - start])
+                yield member.slice(kind, first - member.start, values[first - start : last - start])
 
     def detach(self) -> None:
         """Let go of the memory, which may be gone from now on: the parameters are empty after this."""
@@ -214,31 +236,39 @@ def square_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def fill_buckets(
-    module: torch.nn.Module, bucket_bytes: int, tables: Collection[str] = (), stacks: Iterable[Sequence[str]] = ()
+    module: torch.nn.Module,
+    bucket_bytes: int,
+    tables: Collection[str] = (),
+    stacks: Iterable[Sequence[str]] = (),
+    shards: Mapping[str, Shard] | None = None,
+    shared: Collection[str] = (),
 ) -> list[Bucket]:
     """All parameters of a module in buckets of about `bucket_bytes` of fp32 gradients, in backward order.
 
     Args:
         module: whose named parameters are meant.
         bucket_bytes: a bucket ends before it would be larger, unless what must not be cut is.
-        tables: names of parameters that get sparse gradients; each is a bucket of its own, the last ones.
+        tables: names of parameters that get sparse gradients; each is a bucket of its own, behind the others.
         stacks: names of parameters that must be adjacent, in forward order.
+        shards: what each is of the parameter of the whole model; if None, all of it.
+        shared: names of parameters that a tensor group sums up first; together one bucket, the last one.
     """
     buckets: list[Bucket] = []
     waiting: list[tuple[str, torch.nn.Parameter]] = []
     size = 0
     named = dict(module.named_parameters())
     stack_of = {name: stack for stack in stacks for name in stack}
-    for name in reversed([name for name in named if name not in tables]):
+    for name in reversed([name for name in named if name not in tables and name not in shared]):
         together = stack_of.get(name, [name])
         if name != together[-1]:
             continue  # it came with the last of its stack
         found = [(each, named[each]) for each in together]
         num_bytes = 4 * sum(parameter.numel() for _, parameter in found)
         if waiting and size + num_bytes > bucket_bytes:
-            buckets.append(Bucket(waiting))
+            buckets.append(Bucket(waiting, shards))
             waiting, size = [], 0
         waiting += found
         size += num_bytes
-    buckets += [Bucket(waiting)] if waiting else []
-    return buckets + [Bucket([(name, named[name])], by_rows=True) for name in tables]
+    buckets += [Bucket(waiting, shards)] if waiting else []
+    buckets += [Bucket([(name, named[name])], shards, by_rows=True) for name in tables]
+    return buckets + ([Bucket([(name, named[name]) for name in shared], shards, shared=True)] if shared else [])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -25,9 +26,22 @@ from mpitrain.observe.trace import REDUCER, Trace, now
 class GradientReducer:
     """The thread that reduces; `close` ends it."""
 
-    def __init__(self, exchange: Exchange, *, reproducible: bool = False) -> None:
-        """Watch the gradients of the buckets that the exchange has adopted."""
+    def __init__(
+        self,
+        exchange: Exchange,
+        *,
+        reproducible: bool = False,
+        sum_shared: Callable[[torch.Tensor], None] = lambda gradients: None,
+    ) -> None:
+        """Watch the gradients of the buckets that the exchange has adopted.
+
+        Args:
+            exchange: sums over replicas.
+            reproducible: by a tree.
+            sum_shared: sums a shared bucket's gradients over the tensor group, in place.
+        """
         self._exchange = exchange
+        self._sum_shared = sum_shared
         self._tree = TreeSum() if reproducible else None
         self._eager = not reproducible and exchange.overlapped
         self._missing: list[int] = []
@@ -64,6 +78,10 @@ class GradientReducer:
             for bucket, total in zip(self._exchange.buckets, self._tree.take() or [], strict=False):
                 bucket.complete()
                 bucket.gradients.copy_(total)
+        for bucket in self._exchange.buckets:
+            if bucket.shared:
+                bucket.complete()
+                self._sum_shared(bucket.gradients)
         self._release(len(self._exchange.buckets))
         for _ in self._exchange.buckets:
             error = self._done.get()

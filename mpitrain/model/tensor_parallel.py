@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mpitrain.model.dropout import Region
-from mpitrain.split import Shard, part
+from mpitrain.split import UNIT, Shard, part
 
 
 class Group(Protocol):
@@ -82,6 +82,13 @@ def gather(own: Tensor, num_rows: int, group: Group) -> Tensor:
 def scatter(partial: Tensor, group: Group) -> Tensor:
     """The own rows of the sum over the group of partial sums of all rows."""
     return partial if group.size == 1 else _scatter(partial, group)
+
+
+def sum_in_place(group: Group, flat: Tensor) -> None:
+    """Sum over the group of [n * UNIT], the same bits everywhere."""
+    if group.size > 1:
+        rows = flat.view(-1, UNIT)
+        rows.copy_(group.gather_rows(group.scatter_sum(rows), len(rows)))
 
 
 def own_rows(num_rows: int, group: Group) -> slice:

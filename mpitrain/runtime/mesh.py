@@ -30,14 +30,17 @@ class Mesh:
     world: Comm
     data_axis: Comm
     pipe_axis: Comm
+    tensor_axis: Comm
     num_replicas: int
     num_stages: int
+    num_tensor: int
     replica: int
     stage: int
+    tensor: int
 
     def free(self) -> None:
         """Give the communicators back (collective)."""
-        for comm in (self.pipe_axis, self.data_axis, self.world):
+        for comm in (self.tensor_axis, self.pipe_axis, self.data_axis, self.world):
             comm.Free()
 
     def __enter__(self) -> Mesh:
@@ -49,31 +52,36 @@ class Mesh:
             self.free()
 
 
-def build(comm: Comm, data: int, pipe: int) -> Mesh:
-    """Split a duplicate of `comm` into `data` replicas of `pipe` stages (collective).
+def build(comm: Comm, data: int, pipe: int, tensor: int = 1) -> Mesh:
+    """Split a duplicate of `comm` into `data` replicas of `pipe` stages of `tensor` ranks each (collective).
 
     Raises:
-        UsageError: data x pipe is not the number of ranks.
+        UsageError: data x pipe x tensor is not the number of ranks.
     """
-    check_shape(comm.size, data, pipe)
+    check_shape(comm.size, data, pipe, tensor)
     world = comm.Dup()
-    replica, stage = divmod(world.rank, pipe)
+    (replica, stage), index = divmod(world.rank // tensor, pipe), world.rank % tensor
     return Mesh(
         world=world,
-        data_axis=Comm(world.Split(color=stage, key=replica)),
-        pipe_axis=Comm(world.Split(color=replica, key=stage)),
+        data_axis=Comm(world.Split(color=stage * tensor + index, key=replica)),
+        pipe_axis=Comm(world.Split(color=replica * tensor + index, key=stage)),
+        tensor_axis=Comm(world.Split(color=replica * pipe + stage, key=index)),
         num_replicas=data,
         num_stages=pipe,
+        num_tensor=tensor,
         replica=replica,
         stage=stage,
+        tensor=index,
     )
 
 
-def check_shape(num_ranks: int, data: int, pipe: int) -> None:
-    """Raise UsageError, with the shapes that would work, unless data x pipe is the number of ranks."""
-    if data * pipe != num_ranks:
-        choices = ", ".join(f"{num_ranks // n} x {n}" for n in range(1, num_ranks + 1) if num_ranks % n == 0)
+def check_shape(num_ranks: int, data: int, pipe: int, tensor: int = 1) -> None:
+    """Raise UsageError, with the shapes that would work, unless data x pipe x tensor is the number of ranks."""
+    if data * pipe * tensor != num_ranks:
+        groups, rest = divmod(num_ranks, tensor)
+        choices = ", ".join(f"{groups // n} x {n}" for n in range(1, groups + 1) if groups % n == 0)
+        would_work = f"with {tensor} tensor, data x pipe may be {choices}" if not rest else "tensor must divide them"
         raise UsageError(
-            f"mesh: {data} data x {pipe} pipe x 1 tensor = {data * pipe}, but there are {num_ranks} ranks; "
-            f"data x pipe may be {choices}"
+            f"mesh: {data} data x {pipe} pipe x {tensor} tensor = {data * pipe * tensor}, but there are {num_ranks} "
+            f"ranks; {would_work}"
         )

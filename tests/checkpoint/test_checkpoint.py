@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,8 +20,8 @@ from mpi4py import MPI
 from small import NUM_LABELS, own, small_card
 
 from mpitrain.checkpoint import save as save_module
-from mpitrain.checkpoint.load import fill, newest_usable, verify
-from mpitrain.checkpoint.manifest import Progress, committed, find_checkpoint, read_manifest
+from mpitrain.checkpoint.load import fill, newest_usable, overlap, verify
+from mpitrain.checkpoint.manifest import Piece, Progress, committed, find_checkpoint, read_manifest
 from mpitrain.checkpoint.save import clear_left_overs, retain, save
 from mpitrain.comm.buckets import StateSlice, fill_buckets
 from mpitrain.errors import CheckpointError, MpitrainError
@@ -30,7 +33,7 @@ from mpitrain.runtime.agree import any_rank, share
 from mpitrain.sections import Train
 
 CARD = small_card(vocab_size=19, hidden_size=8, num_hidden_layers=2, intermediate_size=8, max_position_embeddings=8)
-SHAPES = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (1, 4), (4, 2)]
+SHAPES = [(1, 1), (2, 1), (1, 1, 2), (1, 2), (1, 1, 3), (3, 1), (2, 1, 2), (2, 2), (1, 4), (4, 2), (2, 2, 2)]
 
 on_any_ranks = pytest.mark.mpi(min_size=1)
 
@@ -42,12 +45,12 @@ def folder(comm, tmp_path) -> Path:
 
 
 @contextmanager
-def mesh_of(comm, data: int, pipe: int) -> Iterator[meshes.Mesh | None]:
+def mesh_of(comm, *shape: int) -> Iterator[meshes.Mesh | None]:
     """A mesh of the first ranks, None on the others."""
-    inside = comm.rank < data * pipe
+    inside = comm.rank < math.prod(shape)
     part = comm.Split(0 if inside else MPI.UNDEFINED, comm.rank)
     if inside:
-        with meshes.build(part, data, pipe) as mesh:
+        with meshes.build(part, *shape) as mesh:
             yield mesh
         part.Free()
     else:
@@ -55,11 +58,13 @@ def mesh_of(comm, data: int, pipe: int) -> Iterator[meshes.Mesh | None]:
     comm.Barrier()
 
 
-def slices_on(mesh: meshes.Mesh) -> list[StateSlice]:
+def slices_on(mesh: meshes.Mesh, *, once: bool = False) -> list[StateSlice]:
     """Weights and moments that this rank owns, all zero."""
-    stage = BertStage(CARD, NUM_LABELS, [split_blocks([1.0] * 4, mesh.num_stages)[mesh.stage]])
-    optimizer = ShardedAdamW(own(fill_buckets(stage, 2000), mesh.replica, mesh.num_replicas), Train())
-    slices = list(optimizer.slices())
+    group = SimpleNamespace(rank=mesh.tensor, size=mesh.num_tensor)  # nobody computes here
+    stage = BertStage(CARD, NUM_LABELS, [split_blocks([1.0] * 4, mesh.num_stages)[mesh.stage]], group=group)
+    buckets = own(fill_buckets(stage, 2000, shards=stage.shards, shared=stage.shared), mesh.replica, mesh.num_replicas)
+    optimizer = ShardedAdamW(buckets, Train(), first=mesh.tensor == 0)
+    slices = list(optimizer.slices(once=once))
     for piece in slices:
         piece.values.data.zero_()
     return slices
@@ -68,11 +73,13 @@ def slices_on(mesh: meshes.Mesh) -> list[StateSlice]:
 def true_values(piece: StateSlice) -> torch.Tensor:
     """A number for each element of each tensor that no other element has."""
     first = zlib.crc32(f"{piece.kind}/{piece.name}".encode()) % 2**20
-    return torch.arange(piece.start, piece.stop, dtype=torch.float32) + first
+    whole = torch.arange(math.prod(piece.shape), dtype=torch.float32) + first
+    found = whole.view(piece.shape)[:, slice(*piece.columns)].reshape(-1) if piece.columns else whole
+    return found[piece.start : piece.stop]
 
 
 def save_on(mesh: meshes.Mesh, checkpoints: Path, step: int = 5, value: float = 0.0) -> Path:
-    slices = slices_on(mesh)
+    slices = slices_on(mesh, once=True)
     for piece in slices:
         piece.values.data.copy_(true_values(piece) + value)
     return save(
@@ -80,7 +87,7 @@ def save_on(mesh: meshes.Mesh, checkpoints: Path, step: int = 5, value: float = 
         checkpoints,
         slices,
         progress=Progress(step=step, best_step=2),
-        mesh={"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": 1},
+        mesh={"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": mesh.num_tensor},
         identity={"seed": 0},
         documents={"config.json": "{}"},
     )
@@ -95,7 +102,7 @@ def loads(mesh: meshes.Mesh, checkpoint: Path) -> bool:
 
 @on_any_ranks
 def test_a_mesh_reads_what_another_wrote(comm, folder):
-    fitting = [shape for shape in SHAPES if shape[0] * shape[1] <= comm.size]
+    fitting = [shape for shape in SHAPES if math.prod(shape) <= comm.size]
     for number, writer in enumerate(fitting):
         with mesh_of(comm, *writer) as mesh:
             path = save_on(mesh, folder / f"{writer}") if mesh else None
@@ -105,6 +112,27 @@ def test_a_mesh_reads_what_another_wrote(comm, folder):
         for reader in {fitting[(number + 1) % len(fitting)], fitting[number // 2]}:
             with mesh_of(comm, *reader) as mesh:
                 assert mesh is None or loads(mesh, path), f"{writer} -> {reader}"
+
+
+@st.composite
+def extents(draw, rows: int = 5, width: int = 6):
+    """Bounds of some elements of a matrix, or of some of its columns."""
+    columns = draw(st.none() | st.sampled_from([(a, b) for a in range(width) for b in range(a + 1, width + 1)]))
+    first, last = columns or (0, width)
+    size = rows * (last - first)
+    start = draw(st.integers(0, size - 1))
+    elements = np.arange(rows * width).reshape(rows, width)[:, first:last].reshape(-1)
+    return {"start": start, "stop": draw(st.integers(start + 1, size)), "columns": columns}, elements
+
+
+@given(extents(), extents())
+def test_what_two_pieces_of_a_matrix_have_in_common_is_found_in_both(ours, theirs):
+    (mine, my_elements), (other, other_elements) = ours, theirs
+    wanted = StateSlice("weight", "name", (5, 6), values=torch.empty(0), **mine)
+    count, here, there = overlap(wanted, Piece(kind="weight", name="name", **other))
+    held, stored = my_elements[mine["start"] : mine["stop"]], other_elements[other["start"] : other["stop"]]
+    assert held[here].tolist() == stored[there].tolist() == [each for each in held if each in stored]
+    assert count == len(held[here])
 
 
 @on_any_ranks
