@@ -77,7 +77,7 @@ class ShardedAdamW:
     def step(self, learning_rate: float, gradient_factor: float) -> None:
         """Update what is owned with gradients times `gradient_factor`; to spread the result is the caller's part."""
         for decayed in (True, False):
-            group = [owned for owned in self._owned if decays(owned.piece.member.name) is decayed]
+            group = [owned for owned in self._owned if decays(owned.piece.name) is decayed]
             if group:
                 self._update(group, learning_rate, gradient_factor, self._options.weight_decay if decayed else 0.0)
         self.publish()
@@ -119,7 +119,7 @@ class ShardedAdamW:
         counted = {member.name for bucket in self._counted for member in bucket.members}
         for owned in self._owned:
             piece = owned.piece
-            if once and piece.member.name not in counted:
+            if once and piece.name not in counted:
                 continue
             for kind, values in zip(KINDS, (piece.master, owned.exp_avg, owned.exp_avg_sq), strict=True):
                 yield owned.piece.member.slice(kind, owned.piece.start, values)

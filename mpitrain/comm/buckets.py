@@ -56,6 +56,16 @@ class Piece:
     master: torch.Tensor
     gradients: torch.Tensor
 
+    @property
+    def name(self) -> str:
+        """Of the parameter."""
+        return self.member.name
+
+    @property
+    def stop(self) -> int:
+        """Where it ends."""
+        return self.start + len(self.weights)
+
 
 @dataclass(frozen=True)
 class StateSlice:

@@ -6,11 +6,9 @@ the same bits. `bench allreduce` shows that little is lost by that at the sizes 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +19,12 @@ from mpitrain.comm.buckets import Bucket
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.exchange import Exchange, MessageExchange
 from mpitrain.comm.node import NodeExchange
-from mpitrain.comm.window import Layout
+from mpitrain.comm.window import HEADROOM, SHARED_MEMORY, Layout, free_shared_memory
 from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.runtime.agree import Comm, collect
 from mpitrain.runtime.device import place_on_node
 
-SHARED_MEMORY = Path("/dev/shm")  # where MPICH and Open MPI keep windows
 ALONE = "no two replicas on one node"
-HEADROOM = 64 << 20  # bytes left to others, MPI's own buffers among them
 
 
 def choose_exchange(
@@ -101,7 +97,7 @@ def _obstacle_to_sharing(world: Comm, node: Comm, transport: Transport, layout: 
     machine = Comm(world.Split_type(MPI.COMM_TYPE_SHARED))
     needed = sum(collect(machine, stop - start))  # by all data groups that have ranks here
     machine.Free()
-    free = _free_shared_memory()
+    free = free_shared_memory()
     mine = ""
     if transport.device.type != "cpu":
         mine = "a GPU's memory is not shared"
@@ -111,11 +107,3 @@ def _obstacle_to_sharing(world: Comm, node: Comm, transport: Transport, layout: 
     found = collect(world, [mine, node.size])
     alone = ALONE if max(size for _, size in found) == 1 else ""
     return next((obstacle for obstacle, _ in found if obstacle), alone)
-
-
-def _free_shared_memory() -> int | None:
-    """Bytes, or None where windows live elsewhere. Touching more than there is would kill the rank (SIGBUS)."""
-    if not SHARED_MEMORY.is_dir():
-        return None
-    status = os.statvfs(SHARED_MEMORY)
-    return status.f_bavail * status.f_frsize

@@ -119,8 +119,8 @@ class NodeExchange(Exchange):
         """Sum the own slice over the node, then that sum over nodes."""
         bucket = self.buckets[number]
         touched = self._announce_rows(number) if bucket.num_rows else None
-        self._window.raise_flag(FILLED)
-        self._window.wait_for(FILLED, self.reducing, self._progress)
+        self._window.flags.rise(FILLED)
+        self._window.flags.wait_for(FILLED, self.reducing, self._progress)
         if touched is not None:
             self._reduce_rows(number, touched)
             return
@@ -167,8 +167,8 @@ class NodeExchange(Exchange):
         """Fetch from partners what they own of the slice; then wait for the other slices of the node."""
         for gather in self._gathers:
             gather()
-        self._window.raise_flag(WRITTEN)
-        self._window.wait_for(WRITTEN, self.transport, self._progress)
+        self._window.flags.rise(WRITTEN)
+        self._window.flags.wait_for(WRITTEN, self.transport, self._progress)
 
     def close(self) -> None:
         """Give window and communicators back too."""

@@ -8,8 +8,10 @@ after `Win.Sync`, which orders memory accesses.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,20 @@ FLAG_STRIDE = 8  # int64, a cache line
 FILLED, WRITTEN = KINDS = range(2)  # what flags count: buckets with gradients, rounds of weights
 
 
-def _pages(num_bytes: int) -> int:
+SHARED_MEMORY = Path("/dev/shm")  # where MPICH and Open MPI keep windows
+HEADROOM = 64 << 20  # bytes left to others, MPI's own buffers among them
+
+
+def free_shared_memory() -> int | None:
+    """Bytes, or None where windows live elsewhere. Touching more than there is would kill the rank (SIGBUS)."""
+    if not SHARED_MEMORY.is_dir():
+        return None
+    status = os.statvfs(SHARED_MEMORY)
+    return status.f_bavail * status.f_frsize
+
+
+def pages(num_bytes: int) -> int:
+    """Bytes of the whole pages that hold so many."""
     return -(-num_bytes // PAGE) * PAGE
 
 
@@ -53,26 +68,73 @@ class Layout:
     @property
     def weights(self) -> int:
         """Where the weights begin, behind the flags."""
-        return _pages(len(KINDS) * self.num_ranks * FLAG_STRIDE * 8)
+        return Flags.num_bytes(self.num_ranks, len(KINDS))
 
     @property
     def gradients(self) -> int:
         """Where the gradients of local rank 0 begin."""
-        return self.weights + _pages(sum(self.sizes) * self.itemsize)
+        return self.weights + pages(sum(self.sizes) * self.itemsize)
 
     @property
     def lists(self) -> int:
         """Where, from the beginning of a rank's gradients on, its lists of row numbers begin."""
-        return _pages(4 * sum(self.sizes))
+        return pages(4 * sum(self.sizes))
 
     @property
     def stride(self) -> int:
         """From a rank's gradients to the next rank's."""
-        return self.lists + _pages(4 * sum(1 + count for count in self.num_rows))
+        return self.lists + pages(4 * sum(1 + count for count in self.num_rows))
 
     def segment(self, rank: int) -> tuple[int, int]:
         """Bounds of what a rank brings: its gradients, and local rank 0 all that is held once."""
         return (self.gradients + rank * self.stride) if rank else 0, self.gradients + (rank + 1) * self.stride
+
+
+class Flags:
+    """How far each rank is, in each kind of thing."""
+
+    def __init__(self, memory: Any, window: MPI.Win, node: Comm, num_kinds: int) -> None:
+        """At the beginning of `memory` that all ranks of `node` see; a barrier must come before their first use."""
+        self._window, self._rank = window, node.rank
+        size = node.size * FLAG_STRIDE
+        flags = memory[: num_kinds * size * 8].cast("q")
+        self._kinds = [flags[kind * size : (kind + 1) * size : FLAG_STRIDE] for kind in range(num_kinds)]
+        for kind in self._kinds:
+            kind[node.rank] = 0
+
+    @staticmethod
+    def num_bytes(num_ranks: int, num_kinds: int) -> int:
+        """Whole pages of memory that flags take."""
+        return pages(num_kinds * num_ranks * FLAG_STRIDE * 8)
+
+    def rise(self, kind: int) -> None:
+        """Tell the others that this rank has come one further."""
+        self._window.Sync()  # what was written before is seen by whoever sees the flag
+        self._kinds[kind][self._rank] += 1
+
+    def wait_for(self, kind: int, transport: Transport, meanwhile: Callable[[], object] | None = None) -> None:
+        """Return once every rank of the node has come as far as this one.
+
+        Args:
+            kind: of flag.
+            transport: how to wait.
+            meanwhile: called before each look.
+        """
+        flags = self._kinds[kind]
+        wanted = flags[self._rank]
+
+        def done() -> bool:
+            if meanwhile is not None:
+                meanwhile()
+            return bool(min(flags.tolist()) >= wanted)
+
+        if min(flags.tolist()) < wanted:
+            transport.wait_until(done)
+        self._window.Sync()
+
+    def forget(self) -> None:
+        """The memory, which is given back."""
+        self._kinds = []
 
 
 class Window:
@@ -81,13 +143,13 @@ class Window:
     Attributes:
         weights: of each bucket, [size] in their dtype, the same memory on all ranks.
         gradients: of each bucket, fp32 [num_ranks, size].
+        flags: of both kinds.
         lists: of each bucket, int32 [num_ranks, 1 + num_rows]: how many rows of the table a rank's gradient has, and
             their numbers.
     """
 
     def __init__(self, node: Comm, layout: Layout, dtype: torch.dtype) -> None:
         """Allocate (collective over `node`); gradients are zero."""
-        self._rank = node.rank
         start, stop = layout.segment(node.rank)
         self._window = MPI.Win.Allocate_shared(stop - start, 1, comm=node)
         self._window.Lock_all()
@@ -106,40 +168,12 @@ class Window:
         list_sizes = [1 + count for count in layout.num_rows]
         lists = ranks[:, layout.lists : layout.lists + 4 * sum(list_sizes)].view(torch.int32)
         self.lists = list(torch.split(lists, list_sizes, dim=1))
-        size = node.size * FLAG_STRIDE
-        flags = memory[: len(KINDS) * size * 8].cast("q")
-        self._flags = [flags[kind * size : (kind + 1) * size : FLAG_STRIDE] for kind in KINDS]
-        for kind in self._flags:
-            kind[node.rank] = 0
+        self.flags = Flags(memory, self._window, node, len(KINDS))
         node.Barrier()
-
-    def raise_flag(self, kind: int) -> None:
-        """Tell the others that this rank has come one further."""
-        self._window.Sync()  # what was written before is seen by whoever sees the flag
-        self._flags[kind][self._rank] += 1
-
-    def wait_for(self, kind: int, transport: Transport, meanwhile: Callable[[], object] | None) -> None:
-        """Return once every rank of the node has come as far as this one.
-
-        Args:
-            kind: of flag.
-            transport: how to wait.
-            meanwhile: called before each look.
-        """
-        flags = self._flags[kind]
-        wanted = flags[self._rank]
-
-        def done() -> bool:
-            if meanwhile is not None:
-                meanwhile()
-            return bool(min(flags.tolist()) >= wanted)
-
-        if min(flags.tolist()) < wanted:
-            transport.wait_until(done)
-        self._window.Sync()
 
     def close(self) -> None:
         """Give the memory back; all views of it dangle after this (collective)."""
-        self.weights, self.gradients, self.lists, self._flags = [], [], [], []
+        self.weights, self.gradients, self.lists = [], [], []
+        self.flags.forget()
         self._window.Unlock_all()
         self._window.Free()

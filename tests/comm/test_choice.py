@@ -43,7 +43,7 @@ def test_the_wire_is_named(comm):
 @pytest.mark.mpi(min_size=2)
 def test_too_little_shared_memory_on_one_rank_is_known_to_all(comm, monkeypatch):
     if comm.rank == comm.size - 1:
-        monkeypatch.setattr(choice, "_free_shared_memory", lambda: 70 << 20)
+        monkeypatch.setattr(choice, "free_shared_memory", lambda: 70 << 20)
     monkeypatch.setattr(choice, "HEADROOM", 70 << 20)
     kind, why = chosen(comm)
     assert kind is MessageExchange

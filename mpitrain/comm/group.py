@@ -1,0 +1,202 @@
+"""What the ranks of a tensor group exchange: rows gathered before shared layers, partial sums scattered behind them.
+
+Ranks that share memory write what others need into a slab of their own, raise a flag, and read each other's slabs:
+nothing is copied that its reader has not asked for, and the reader adds while it reads. Slabs have two halves, used in
+turns: who has seen everybody's flag of one round knows that nobody still reads the half of the round before. Other
+ranks send messages, each to each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from mpitrain.comm.buffers import Transport
+from mpitrain.comm.window import HEADROOM, Flags, free_shared_memory
+from mpitrain.runtime.agree import Comm, collect
+from mpitrain.runtime.device import place_on_node
+from mpitrain.split import part
+
+SLAB = 1 << 20  # bytes of a round, few enough to stay in caches until they are read
+TAG = 11
+
+
+class TensorGroup(ABC):
+    """Ranks that share layers, as `model.tensor_parallel.Group` describes them; all make the same calls.
+
+    Attributes:
+        seconds: in all calls so far, waiting for others included.
+    """
+
+    def __init__(self, axis: Comm, transport: Transport) -> None:
+        """A group of the ranks of `axis`, which is not used itself."""
+        self.rank, self.size = axis.rank, axis.size
+        self.seconds = 0.0
+        self._transport = transport
+
+    def gather_rows(self, own: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """[own rows, n] of each rank to [num_rows, n]; rows are cut by `split.part`."""
+        began = perf_counter()
+        whole = own.new_empty((num_rows, *own.shape[1:]))
+        self._gather(own.contiguous().view(-1), whole.view(-1), self._bounds(whole))
+        self.seconds += perf_counter() - began
+        return whole
+
+    def scatter_sum(self, partial: torch.Tensor) -> torch.Tensor:
+        """[num_rows, n] of each rank to the own rows of their sum, added up in the order of ranks, rounded once."""
+        began = perf_counter()
+        start, stop = part(self.rank, len(partial), self.size)
+        own = partial.new_empty((stop - start, *partial.shape[1:]))
+        self._scatter(partial.contiguous().view(-1), own.view(-1), self._bounds(partial))
+        self.seconds += perf_counter() - began
+        return own
+
+    def _bounds(self, whole: torch.Tensor) -> list[tuple[int, int]]:
+        """Of each rank's rows in the flattened tensor."""
+        width = whole[0].numel() if len(whole) else 0
+        cuts = (part(rank, len(whole), self.size) for rank in range(self.size))
+        return [(start * width, stop * width) for start, stop in cuts]
+
+    @abstractmethod
+    def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: list[tuple[int, int]]) -> None:
+        """Fill `whole`, rank i's part of which has the i-th bounds."""
+
+    @abstractmethod
+    def _scatter(self, partial: torch.Tensor, own: torch.Tensor, bounds: list[tuple[int, int]]) -> None:
+        """Fill `own`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give memory and communicator back (collective)."""
+
+
+class MessageGroup(TensorGroup):
+    """Every rank sends every other what that one needs."""
+
+    def __init__(self, axis: Comm, transport: Transport) -> None:
+        """A group of the ranks of `axis`, in a duplicate of it (collective)."""
+        super().__init__(axis, transport)
+        self._comm = Comm(axis.Dup())
+        self._others = [rank for rank in range(self.size) if rank != self.rank]
+
+    def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: list[tuple[int, int]]) -> None:
+        whole[slice(*bounds[self.rank])] = own
+        leaving = dict.fromkeys(self._others, own)
+        sizes = [stop - start for start, stop in bounds]
+        for rank, values in self._exchange(leaving, sizes, own.dtype):
+            whole[slice(*bounds[rank])] = values
+
+    def _scatter(self, partial: torch.Tensor, own: torch.Tensor, bounds: list[tuple[int, int]]) -> None:
+        leaving = {rank: partial[slice(*bounds[rank])] for rank in self._others}
+        arrived = dict(self._exchange(leaving, [len(own)] * self.size, own.dtype))
+        arrived[self.rank] = partial[slice(*bounds[self.rank])]
+        add_up([arrived[rank] for rank in range(self.size)], own)
+
+    def _exchange(
+        self, leaving: dict[int, torch.Tensor], sizes: list[int], dtype: torch.dtype
+    ) -> list[tuple[int, torch.Tensor]]:
+        """What comes from each of the others, so many elements, for what goes to them."""
+        comm, transport = self._comm, self._transport
+        arriving = {rank: transport.post(comm, (sizes[rank],), dtype, rank, TAG) for rank in self._others}
+        sent = [transport.send(comm, leaving[rank], rank, TAG) for rank in self._others]
+        found = [(rank, parcel.received()) for rank, parcel in arriving.items()]
+        for parcel in sent:
+            parcel.sent()
+        return found
+
+    def close(self) -> None:
+        """Give the communicator back."""
+        self._comm.Free()
+
+
+class MemoryGroup(TensorGroup):
+    """Ranks of one host read each other's slabs; CPU only."""
+
+    def __init__(self, axis: Comm, transport: Transport) -> None:
+        """A group of the ranks of `axis`, which share memory (collective)."""
+        super().__init__(axis, transport)
+        flags = Flags.num_bytes(self.size, 1)
+        own = 2 * SLAB + (flags if self.rank == 0 else 0)
+        self._window = MPI.Win.Allocate_shared(own, 1, comm=axis)
+        self._window.Lock_all()
+        everything: Any = MPI.buffer.fromaddress(self._window.Shared_query(0)[0].address, flags + self.size * 2 * SLAB)
+        self._flags = Flags(everything, self._window, axis, 1)
+        slabs = torch.frombuffer(everything, dtype=torch.uint8)[flags:]
+        self._slabs = slabs.view(self.size, 2, SLAB)
+        self._slabs[self.rank].zero_()  # by its owner, so that the pages lie in this rank's memory domain
+        self._half = 0
+        self._views: dict[torch.dtype, list[list[torch.Tensor]]] = {}
+        axis.Barrier()
+
+    def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: list[tuple[int, int]]) -> None:
+        step = SLAB // own.element_size()
+        for first in range(0, max(stop - start for start, stop in bounds), step):
+            slabs = self._begin_round(own.dtype)
+            mine = own[first : first + step]
+            slabs[self.rank][: len(mine)] = mine
+            self._flags.rise(0)
+            whole[bounds[self.rank][0] + first :][: len(mine)] = mine
+            self._flags.wait_for(0, self._transport)
+            for rank, (start, stop) in enumerate(bounds):
+                if rank != self.rank:
+                    theirs = whole[min(start + first, stop) : min(start + first + step, stop)]
+                    theirs.copy_(slabs[rank][: len(theirs)])
+
+    def _scatter(self, partial: torch.Tensor, own: torch.Tensor, bounds: list[tuple[int, int]]) -> None:
+        step = SLAB // own.element_size() // self.size
+        for first in range(0, max(stop - start for start, stop in bounds), step):
+            slabs = self._begin_round(own.dtype)
+            for rank, (start, stop) in enumerate(bounds):
+                if rank != self.rank:
+                    theirs = partial[min(start + first, stop) : min(start + first + step, stop)]
+                    slabs[self.rank][rank * step :][: len(theirs)] = theirs
+            self._flags.rise(0)
+            self._flags.wait_for(0, self._transport)
+            target = own[first : first + step]
+            parts = [slab[self.rank * step :][: len(target)] for slab in slabs]
+            parts[self.rank] = partial[bounds[self.rank][0] + first :][: len(target)]
+            add_up(parts, target)
+
+    def _begin_round(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Everybody's slab for this round."""
+        if dtype not in self._views:
+            self._views[dtype] = [[slab[half].view(dtype) for slab in self._slabs] for half in range(2)]
+        self._half = 1 - self._half
+        return self._views[dtype][self._half]
+
+    def close(self) -> None:
+        """Give the memory back; all views of it dangle after this."""
+        self._views, self._slabs = {}, torch.empty(0)
+        self._flags.forget()
+        self._window.Unlock_all()
+        self._window.Free()
+
+
+def add_up(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """Sum in the order given, rounded once, of tensors of one shape and dtype."""
+    if len(parts) <= 2:
+        torch.add(parts[0], parts[1], out=out) if len(parts) == 2 else out.copy_(parts[0])
+        return
+    exact = torch.promote_types(out.dtype, torch.float32)
+    total = out if out.dtype == exact else torch.empty_like(out, dtype=exact)
+    torch.add(parts[0], parts[1], out=total) if total is out else total.copy_(parts[0]).add_(parts[1])
+    for each in parts[2:]:
+        total += each
+    if total is not out:
+        out.copy_(total)
+
+
+def open_group(world: Comm, axis: Comm, transport: Transport) -> TensorGroup:
+    """The group of the ranks of `axis`, in shared memory if it has room for all groups (collective over `world`)."""
+    host = axis.Split_type(MPI.COMM_TYPE_SHARED)
+    together = host.size == axis.size and transport.device.type == "cpu"
+    host.Free()
+    free, needed = free_shared_memory(), (2 * SLAB + 4096) * place_on_node(world)[1]
+    has_room = free is None or needed + HEADROOM <= free
+    shares = axis.size > 1 and all(collect(axis, together and has_room))
+    return MemoryGroup(axis, transport) if shares else MessageGroup(axis, transport)
