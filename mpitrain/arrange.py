@@ -28,6 +28,7 @@ class Arrangement:
 
     Attributes:
         data: replicas.
+        tensor: ranks of each stage.
         schedule: of each replica's stages.
         chunks: blocks of each part of the model, in forward order.
     """
@@ -35,11 +36,17 @@ class Arrangement:
     data: int
     schedule: Schedule
     chunks: list[Blocks]
+    tensor: int = 1
 
     @property
     def pipe(self) -> int:
         """Stages of a replica."""
         return len(self.schedule.placement.places)
+
+    @property
+    def shape(self) -> str:
+        """The mesh in words."""
+        return f"{self.data} data x {self.pipe} pipe" + (f" x {self.tensor} tensor" if self.tensor > 1 else "")
 
     @cached_property
     def stages(self) -> list[list[Blocks]]:
@@ -79,14 +86,32 @@ def arrange(
     Raises:
         UsageError: mesh, layers and schedule do not fit each other, the ranks or the model.
     """
-    data, num_stages = _mesh_shape(num_ranks, config, card, table, pipe)
-    check_shape(num_ranks, data, num_stages)
+    tensor = config.mesh.tensor or 1
+    check_tensor(tensor, config, card)
+    data, num_stages = _mesh_shape(num_ranks // tensor, config, card, table, pipe)
+    check_shape(num_ranks, data, num_stages, tensor)
     name = config.pipeline.schedule
     if table is not None:
         schedule = read_schedule(name, table, num_stages, part(0, config.train.micro_batches, data)[1])
     else:
         schedule = SCHEDULES[name](num_stages, config.pipeline.chunks)
-    return Arrangement(data, schedule, _chunks(config, card, num_labels, schedule.placement))
+    return Arrangement(data, schedule, _chunks(config, card, num_labels, schedule.placement), tensor)
+
+
+def check_tensor(tensor: int, config: Config, card: ModelCard) -> None:
+    """Raise UsageError unless so many ranks can share each layer of the model."""
+    heads = card.num_attention_heads
+    if heads % tensor:
+        choices = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+        raise UsageError(
+            f"--mesh.tensor {tensor}: ranks that share layers have the same number of attention heads each, and the "
+            f"model has {heads}; {choices} would work"
+        )
+    if tensor > 1 and config.train.reproducible:
+        raise UsageError(
+            f"--train.reproducible: sums over --mesh.tensor {tensor} ranks have other bits than those of one; use "
+            "--mesh.tensor 1, and data or pipe instead"
+        )
 
 
 def read_table(config: Config) -> str | None:

@@ -221,7 +221,7 @@ def _predict(world: Any, options: argparse.Namespace, settings: Config, console:
         output_format=options.to,
     )
     console.say("tagged", f"{number:,} sentences")
-    place.mesh.free()
+    place.close()
     return ExitCode.DONE
 
 

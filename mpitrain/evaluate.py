@@ -34,15 +34,16 @@ MICRO_BATCHES_AT_ONCE = 8  # bounds what a stage holds between its instructions
 def infer(
     executor: Executor, mesh: Mesh, plan: Sequence[Indices], split: Sequences, device: torch.device
 ) -> Iterator[tuple[Indices, torch.Tensor]]:
-    """(sequences, logits [num_words, num_labels]) of this replica's share of a plan, on the stage that has the head.
+    """(sequences, logits [num_words, num_labels]) of this replica's share of a plan, on one rank that has the head.
 
-    Collective over the pipe axis, so every stage must exhaust it.
+    Collective over the replica, so every rank must exhaust it.
     """
     mine = plan[mesh.replica :: mesh.num_replicas]
     for start in range(0, len(mine), MICRO_BATCHES_AT_ONCE):
         part = mine[start : start + MICRO_BATCHES_AT_ONCE]
         batches = [load_inference(split, sequences, executor.stage, device) for sequences in part]
-        yield from zip(part, executor.infer(batches), strict=False)
+        logits = executor.infer(batches)
+        yield from zip(part, logits if mesh.tensor == 0 else (), strict=False)
 
 
 def load_inference(split: Sequences, sequences: Indices, stage: BertStage, device: torch.device) -> MicroBatch:
@@ -58,13 +59,14 @@ def evaluate(
     """Score a split (collective): the report of eval.json, and one of each replica's share, on every rank."""
     plan = evaluation_plan(split.index.lengths, split.index.sentences, TOKENS_PER_MICRO_BATCH)
     counts, loss = Counts.of(problem.label_names), 0.0
+    tells = executor.stage.has_head and place.mesh.tensor == 0
     for sequences, logits in infer(executor, place.mesh, plan, split, place.transport.device):
         labels = split.read("labels", sequences)
         labels = labels[labels >= 0]
         predicted = logits.argmax(dim=-1).cpu().numpy()
         counts.add(labels, predicted, words_per_sentence(split, sequences)[1].tolist())
         loss += float(token_loss(logits, torch.from_numpy(labels).to(logits.device), 1).double())
-    shares = collect(place.mesh.world, [counts.vector.tolist(), loss] if executor.stage.has_head else None)
+    shares = collect(place.mesh.world, [counts.vector.tolist(), loss] if tells else None)
     return summarise(problem.label_names, [share for share in shares if share is not None])
 
 
@@ -110,5 +112,5 @@ def evaluate_checkpoint(comm: Comm, config: Config, checkpoint: Path, console: C
             with user_path("--out", config.out):
                 config.out.mkdir(parents=True, exist_ok=True)
                 replace_file(config.out / "eval.json", json.dumps(reports, indent=1) + "\n")
-    place.mesh.free()
+    place.close()
     return reports

@@ -9,6 +9,7 @@ import torch
 from mpitrain.arrange import Arrangement, Blocks, arrange, name_blocks, read_table
 from mpitrain.comm import gpu
 from mpitrain.comm.buffers import Transport
+from mpitrain.comm.group import TensorGroup, open_group
 from mpitrain.config import Config
 from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.model import linear
@@ -36,11 +37,17 @@ class Place:
     mesh: Mesh
     transport: Transport
     arrangement: Arrangement
+    group: TensorGroup
 
     @property
     def chunks(self) -> list[Blocks]:
         """The blocks of this rank's stage."""
         return self.arrangement.stages[self.mesh.stage]
+
+    def close(self) -> None:
+        """Give memory and communicators back (collective)."""
+        self.group.close()
+        self.mesh.free()
 
 
 def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *, pipe: int | None = None) -> Place:
@@ -62,7 +69,7 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     direct, why = gpu.decide(comm, device, config.comm.gpu) if device.type == "cuda" else (True, "")
     if device.type == "cpu" and config.comm.gpu != "auto":
         console.warn(f"--comm.gpu {config.comm.gpu} has no effect: this run uses no GPU")
-    mesh = meshes.build(comm, arrangement.data, arrangement.pipe)
+    mesh = meshes.build(comm, arrangement.data, arrangement.pipe, arrangement.tensor)
     transport = Transport(device, direct, cores.crowded)
     say_place(comm, console, transport, why, cores)
     torch.set_float32_matmul_precision(config.train.matmul_precision)
@@ -73,8 +80,25 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     precision = config.train.matmul_precision
     if precision != "highest" and any_rank(comm, not linear.rounds(device, DTYPES[config.train.precision])):
         console.warn(f"--train.matmul_precision {precision} has no effect on products of {config.train.precision} here")
-    console.say("mesh", f"{comm.size} rank(s) = {mesh.num_replicas} data x {mesh.num_stages} pipe")
-    return Place(mesh, transport, arrangement)
+    if not config.mesh.tensor_across_nodes:
+        check_tensor_on_nodes(mesh)
+    group = open_group(mesh.world, mesh.tensor_axis, transport)
+    console.say("mesh", f"{comm.size} rank(s) = {arrangement.shape}{f', {group.way}' if group.size > 1 else ''}")
+    return Place(mesh, transport, arrangement, group)
+
+
+def check_tensor_on_nodes(mesh: Mesh) -> None:
+    """Raise UsageError on all ranks if some tensor group has ranks on several nodes (collective)."""
+    here = place_on_node(mesh.tensor_axis)[1]
+    if any_rank(mesh.world, here < mesh.num_tensor):
+        sizes = sorted({str(size) for size in collect(mesh.world, place_on_node(mesh.world)[1])}, key=int)
+        raise on_all_ranks(
+            UsageError(
+                f"--mesh.tensor {mesh.num_tensor}: {mesh.num_tensor} ranks in a row share layers, some of which would "
+                f"be on different nodes (with {', '.join(sizes)} ranks each); a number that divides the ranks of every "
+                "node, with nodes filled one after the other, would work, or --mesh.tensor_across_nodes true"
+            )
+        )
 
 
 def say_stages(console: Console, place: Place, card: ModelCard) -> None:
@@ -137,7 +161,7 @@ def choose_library(comm: Comm, options: Train, console: Console) -> None:
 
 def build_stage(config: Config, problem: Problem, place: Place) -> tuple[BertStage, Executor]:
     """This rank's blocks with their first weights in fp32, and the executor that runs them."""
-    stage = BertStage(problem.card, len(problem.label_names), place.chunks, config.train.recompute)
+    stage = BertStage(problem.card, len(problem.label_names), place.chunks, config.train.recompute, place.group)
     initialize(stage, problem.card, config.train.seed)
     if problem.pretrained is not None:
         names = [name for name, _ in stage.named_parameters()]

@@ -64,8 +64,8 @@ def _say(
     proof: Proof,
     num_micro_batches: int,
 ) -> None:
-    num_ranks = arrangement.data * arrangement.pipe
-    console.say("mesh", f"{num_ranks} rank(s) = {arrangement.data} data x {arrangement.pipe} pipe")
+    num_ranks = arrangement.data * arrangement.pipe * arrangement.tensor
+    console.say("mesh", f"{num_ranks} rank(s) = {arrangement.shape}")
     console.say(
         "plan",
         f"{config.model}, {arrangement.schedule.name}, up to {num_micro_batches} micro-batches a replica and step; "

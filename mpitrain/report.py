@@ -56,9 +56,11 @@ def read_steps(file: Path) -> tuple[list[Step], bool]:
         document = json.loads(file.read_text(encoding="utf-8"))
         placement = Placement(tuple(map(tuple, document["otherData"]["places"])))
         found: dict[tuple[int, int], list[list[Span]]] = defaultdict(lambda: [[] for _ in placement.places])
+        num_tensor = document["otherData"].get("tensor", 1)
         for event in document["traceEvents"]:
-            if event["ph"] == "X" and event["cat"] == "compute":
-                replica, stage = divmod(event["pid"], len(placement.places))
+            # The ranks of a tensor group compute side by side: the first one stands for all.
+            if event["ph"] == "X" and event["cat"] == "compute" and event["pid"] % num_tensor == 0:
+                replica, stage = divmod(event["pid"] // num_tensor, len(placement.places))
                 found[event["args"]["step"], replica][stage].append(_span_of(event))
         steps = [_step(number, replica, spans, placement) for (number, replica), spans in sorted(found.items())]
     except OSError as error:

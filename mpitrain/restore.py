@@ -100,7 +100,7 @@ def restore_stage(comm: Comm, config: Config, trained: Trained, console: Console
     place = find_place(comm, config, problem, console, pipe=1)
     say_stages(console, place, problem.card)
     console.say("computes", f"in {config.train.precision}; trained in {trained.numerics['precision']}")
-    stage = BertStage(problem.card, len(problem.label_names), place.chunks)
+    stage = BertStage(problem.card, len(problem.label_names), place.chunks, group=place.group)
     names = [name for name, _ in stage.named_parameters()]
     load_weights(stage, restore_weights(place.mesh.world, trained, names))
     stage.to(place.transport.device, DTYPES[config.train.precision])

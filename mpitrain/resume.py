@@ -180,9 +180,9 @@ def save_checkpoint(run: Run) -> None:
     save(
         run.world,
         run.directory.checkpoints,
-        [*stepper.optimizer.slices(), *stepper.exchange.residuals(run.world.rank)],
+        [*stepper.optimizer.slices(once=True), *stepper.exchange.residuals(run.world.rank)],
         progress=progress,
-        mesh={"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": 1},
+        mesh={"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": mesh.num_tensor},
         identity=identity_of(run),
         documents={
             "config.json": json.dumps(describe_run(run), indent=1),
@@ -203,7 +203,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "mesh": {
             "data": mesh.num_replicas,
             "pipe": mesh.num_stages,
-            "tensor": 1,
+            "tensor": mesh.num_tensor,
             "stages": run.place.arrangement.listed(),
         },
         "exchange": run.stepper.exchange.name,

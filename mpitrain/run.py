@@ -58,7 +58,7 @@ class Run:
     def close(self) -> None:
         """Give threads, memory and communicators back (collective)."""
         self.stepper.close()
-        self.place.mesh.free()
+        self.place.close()
 
 
 def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claimed: RunDirectory | None = None) -> Run:
@@ -83,7 +83,8 @@ def build_stepper(
     """This rank's stage with its first weights, and all that trains it (collective); says how gradients travel."""
     stage, executor = build_stage(config, problem, place)
     mesh, transport = place.mesh, place.transport
-    buckets = fill_buckets(stage, int(config.comm.bucket_mib * 2**20), stage.tables, stage.stacks)
+    num_bytes = int(config.comm.bucket_mib * 2**20)
+    buckets = fill_buckets(stage, num_bytes, stage.tables, stage.stacks, stage.shards, stage.shared)
     exchange, why = choose_exchange(
         mesh.world,
         mesh.data_axis,
@@ -102,7 +103,7 @@ def build_stepper(
         mesh,
         executor,
         exchange,
-        ShardedAdamW(buckets, config.train),
+        ShardedAdamW(buckets, config.train, first=mesh.tensor == 0),
         options=config.train,
         num_steps=num_steps,
         peak_learning_rate=peak,

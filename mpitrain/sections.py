@@ -43,8 +43,10 @@ class Mesh(Section):
     """replicas of the model, each trained on its share of every batch"""
     pipe: PositiveInt | None = None
     """stages that a replica's layers are spread over"""
-    tensor: Literal[1] | None = None
-    """ranks that share each layer (only 1 in this version)"""
+    tensor: PositiveInt | None = None
+    """ranks that share each layer of a stage: its attention heads, columns of the MLP, word pieces"""
+    tensor_across_nodes: bool = False
+    """let ranks on different nodes share layers, which sends four messages a layer and micro-batch"""
 
 
 class Pipeline(Section):
@@ -103,7 +105,7 @@ class Train(Section):
     the input of each layer; less memory, more time; saves little with schedules that cut backward passes in halves"""
     reproducible: bool = False
     """the same bits on any data x pipe mesh of powers of two, with the same threads per rank: gradients are summed in
-    fp32 by a tree, in place of --comm.algorithm; slower"""
+    fp32 by a tree, in place of --comm.algorithm; slower; not with --mesh.tensor"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of initial weights, order of the data, dropout"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

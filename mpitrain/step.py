@@ -39,7 +39,8 @@ class StepResult:
         grad_norm: global norm before clipping.
         updated: False if a gradient was not finite and all ranks skipped the update together.
         stop: some rank was asked to stop.
-        seconds: of this rank, by part of the step; `gather` is a part of `update`, `reduce_hidden` ran beside others.
+        seconds: of this rank, by part of the step; `tensor`, in messages of its tensor group, is a part of
+            `forward_backward`, `gather` one of `update`; `reduce_hidden` ran beside others.
         wire_errors: by stage and bucket, the norm of all rounding errors on the wire by that of the sum; empty if
             nothing is rounded; NaN where sums are not finite.
     """
@@ -102,6 +103,8 @@ class Stepper:
     def run(self, plan: StepPlan, micro_batches: Sequence[MicroBatch], stop: bool) -> StepResult:
         """Train on this replica's micro-batches of `plan` (collective over the mesh)."""
         self.executor.trace = self.reducer.trace = self.trace
+        group = self.executor.stage.group
+        exchanged = group.seconds
         began = time.perf_counter()
         self.reducer.start_step(len(micro_batches))
         loss = self.executor.train(
@@ -124,6 +127,7 @@ class Stepper:
         seconds = {
             "forward_backward": computed - began - self.executor.seconds_waited,
             "pipeline_wait": self.executor.seconds_waited,
+            "tensor": group.seconds - exchanged,
             "reduce": reduced - computed,
             "reduce_hidden": max(0.0, self.reducer.seconds - (reduced - computed)),
             "update": time.perf_counter() - reduced,

@@ -46,7 +46,8 @@ class Tracing:
 def write(run: Run, trace: Trace) -> None:
     """One file of all ranks, times in us from the first span; no run ends because it cannot be written (collective)."""
     mesh, world = run.place.mesh, run.world
-    title = f"replica {mesh.replica}, stage {mesh.stage} (rank {world.rank}, {platform.node()})"
+    place = f"replica {mesh.replica}, stage {mesh.stage}" + (f", tensor {mesh.tensor}" if mesh.num_tensor > 1 else "")
+    title = f"{place} (rank {world.rank}, {platform.node()})"
     everyone = gather(world, trace.events(world.rank, title, offset_to_root(world)))
     file = run.directory.path / "trace" / "trace.json"
     try:
@@ -72,5 +73,5 @@ def document(everyone: list[list[dict[str, Any]]], run: Run) -> dict[str, Any]:
             event["ts"] -= start
     placement = run.place.arrangement.schedule.placement
     about: dict[str, Any] = {"schedule": run.place.arrangement.schedule.name, "places": placement.places}
-    about["crowded"] = run.place.transport.patient
+    about |= {"tensor": run.place.mesh.num_tensor, "crowded": run.place.transport.patient}
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}

@@ -71,7 +71,7 @@ def balance(
         console.say("balance", "as before")
         return replace(place, arrangement=replace(arrangement, chunks=[(first, last) for first, last in before]))
     mine = attempt(mesh.world, "timing blocks", lambda: time_blocks(place, config, problem, split))
-    pace = pace_of(collect(mesh.world, mine), mesh.num_stages)
+    pace = pace_of(collect(mesh.world, mine), mesh.num_stages, mesh.num_tensor)
     chunks = split_model(pace.seconds, arrangement.schedule.placement, pace.speeds)
     arrangement = replace(arrangement, chunks=chunks)
     times = [1e3 * each for each in stage_times(arrangement, pace)]
@@ -88,16 +88,17 @@ def last_split(arrangement: Arrangement, config: Config) -> list[Blocks] | None:
         text = (find_checkpoint(resumed, best=False) / "config.json").read_text(encoding="utf-8")
         then = json.loads(text)["mesh"]
         stages = stages_of(then["stages"])
-        same_size = then["data"] == arrangement.data and sum(map(len, stages)) == len(arrangement.chunks)
+        here = arrangement.data, arrangement.tensor
+        same_size = (then["data"], then["tensor"]) == here and sum(map(len, stages)) == len(arrangement.chunks)
     except (CheckpointError, OSError, ValueError, KeyError, TypeError, IndexError):
         return None  # whether that is an error is told when state is taken up
     before = sorted(chain.from_iterable(stages))
     return before if same_size and replace(arrangement, chunks=before).stages == stages else None
 
 
-def pace_of(everyone: list[list[float]], num_stages: int) -> Pace:
-    """From the seconds of each block on each rank: a stage is as slow as its slowest replica."""
-    seconds = np.array(everyone).reshape(-1, num_stages, len(everyone[0])).max(axis=0)
+def pace_of(everyone: list[list[float]], num_stages: int, num_tensor: int = 1) -> Pace:
+    """From the seconds of each block on each rank: a stage is as slow as its slowest rank."""
+    seconds = np.array(everyone).reshape(-1, num_stages, num_tensor, len(everyone[0])).max(axis=(0, 2))
     totals = seconds.sum(axis=1)
     return Pace(seconds.mean(axis=0).tolist(), (totals.mean() / totals).tolist())
 

@@ -58,7 +58,7 @@ def test_all_mistakes_of_all_sources_are_in_one_message(tmp_path, monkeypatch):
     monkeypatch.setenv("MPITRAIN_CHECKPOINT__KEEP", "0")
     monkeypatch.setenv("MPITRAIN_NONSENSE", "1")
     with pytest.raises(UsageError) as caught:
-        config.load(["--train.batch_size", "-3", "--mesh.tensor", "2"], file)
+        config.load(["--train.batch_size", "-3", "--mesh.tensor", "0"], file)
     lines = str(caught.value).splitlines()
     assert lines[0] == f"configuration (flags, MPITRAIN_ variables, {file}): 6 mistake(s)"
     for expected in [
@@ -66,7 +66,7 @@ def test_all_mistakes_of_all_sources_are_in_one_message(tmp_path, monkeypatch):
         "--train.precision: input should be 'fp32', 'bf16' or 'fp16'; found 'fp8'",
         "--checkpoint.keep: input should be greater than 0; found '0'",
         "--train.batch_size: input should be greater than 0; found '-3'",
-        "--mesh.tensor: input should be 1; found '2'",
+        "--mesh.tensor: input should be greater than 0; found '0'",
         "MPITRAIN_NONSENSE: no such field (environment variable)",
     ]:
         assert f"  {expected}" in lines

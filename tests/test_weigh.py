@@ -14,6 +14,7 @@ from small import NUM_LABELS, small_card, small_split
 from mpitrain import config, weigh
 from mpitrain.arrange import arrange, stages_of
 from mpitrain.comm.buffers import Transport
+from mpitrain.comm.group import open_group
 from mpitrain.errors import MpitrainError
 from mpitrain.observe.console import Console
 from mpitrain.place import Place
@@ -41,7 +42,8 @@ def settings_of(*flags: str) -> config.Config:
 def place_of(comm, pipe: int, settings: config.Config) -> Place:
     mesh = meshes.build(comm, comm.size // pipe, pipe)
     arrangement = arrange(comm.size, settings, PROBLEM.card, NUM_LABELS, pipe=pipe)
-    return Place(mesh, Transport(torch.device("cpu"), True, comm.size > 2), arrangement)
+    transport = Transport(torch.device("cpu"), True, comm.size > 2)
+    return Place(mesh, transport, arrangement, open_group(mesh.world, mesh.tensor_axis, transport))
 
 
 def balanced(comm, monkeypatch, pipe: int, *flags: str) -> tuple[list[float], list[float]]:
@@ -51,7 +53,7 @@ def balanced(comm, monkeypatch, pipe: int, *flags: str) -> tuple[list[float], li
     monkeypatch.setattr(weigh, "time_blocks", lambda *arguments: [factor * seconds for seconds in EVEN])
     place = place_of(comm, pipe, settings)
     found = weigh.balance(place, settings, PROBLEM, small_split(), console).arrangement
-    place.mesh.free()
+    place.close()
     loads = [sum(sum(EVEN[first:last]) for first, last in chunks) for chunks in found.stages]
     said = console.said["balance"].removeprefix("stage times ").removesuffix(" ms a micro-batch")
     return loads, [float(word) for word in said.split(" / ")]
@@ -83,7 +85,7 @@ def test_a_block_that_fails_on_one_rank_fails_on_all(comm, monkeypatch):
     place = place_of(comm, comm.size if comm.size < 5 else 2, settings_of())
     with pytest.raises(MpitrainError, match="no memory for it"):
         weigh.balance(place, settings_of(), PROBLEM, small_split(), Listening())
-    place.mesh.free()
+    place.close()
 
 
 @pytest.mark.mpi(min_size=1)
@@ -123,7 +125,7 @@ def test_a_resumed_run_takes_up_the_split_that_it_had(tmp_path, schedule):
     before = replace(arrangement, chunks=uneven)
     listed = json.loads(json.dumps(before.listed()))
     assert stages_of(listed) == before.stages
-    settings = checkpoint_at(tmp_path, {"data": 2, "stages": listed})
+    settings = checkpoint_at(tmp_path, {"data": 2, "tensor": 1, "stages": listed})
     assert weigh.last_split(arrangement, settings) == uneven
     assert weigh.last_split(arrangement, settings_of("--resume", "none")) is None
     assert weigh.last_split(arrangement, settings_of("--resume", str(tmp_path / "none"))) is None
@@ -136,12 +138,12 @@ def test_a_resumed_run_takes_up_the_split_that_it_had(tmp_path, schedule):
     [
         {},
         {"data": 2},
-        {"data": 2, "stages": []},
-        {"data": 2, "stages": [[0, 2], [2, 4], [4, 6]]},
-        {"data": 2, "stages": [[], [2, 6]]},
-        {"data": 2, "stages": [[[0, 1], [1, 2]], [2, 6]]},
-        {"data": 2, "stages": [[2, 6], [0, 2]]},
-        {"data": 2, "stages": [0, 6]},
+        {"data": 2, "tensor": 1, "stages": []},
+        {"data": 2, "tensor": 1, "stages": [[0, 2], [2, 4], [4, 6]]},
+        {"data": 2, "tensor": 1, "stages": [[], [2, 6]]},
+        {"data": 2, "tensor": 1, "stages": [[[0, 1], [1, 2]], [2, 6]]},
+        {"data": 2, "tensor": 1, "stages": [[2, 6], [0, 2]]},
+        {"data": 2, "tensor": 1, "stages": [0, 6]},
     ],
 )
 def test_a_split_of_another_mesh_or_none_at_all_is_not_taken_up(tmp_path, mesh):
@@ -154,10 +156,10 @@ def test_a_split_that_is_taken_up_is_not_measured_again(comm, tmp_path, monkeypa
     place = place_of(comm, comm.size, settings_of())
     uneven = {2: [(0, 1), (1, 6)], 3: [(0, 1), (1, 2), (2, 6)]}[comm.size]
     listed = replace(place.arrangement, chunks=uneven).listed()
-    settings, console = checkpoint_at(tmp_path, {"data": 1, "stages": listed}), Listening()
+    settings, console = checkpoint_at(tmp_path, {"data": 1, "tensor": 1, "stages": listed}), Listening()
     monkeypatch.setattr(weigh, "time_blocks", lambda *arguments: pytest.fail("measured"))
     found = weigh.balance(place, settings, PROBLEM, small_split(), console)
     assert (found.arrangement.chunks, console.said) == (uneven, {"balance": "as before"})
     unasked = config.load(["--resume", settings.resume])
     assert weigh.balance(place, unasked, PROBLEM, small_split(), console) is place
-    place.mesh.free()
+    place.close()

@@ -44,7 +44,7 @@ class Turn:
 
     Attributes:
         parts: seconds by part of the step, means over the ranks.
-        stages: seconds in which each stage computes, of its slowest replica.
+        stages: seconds in which each stage computes, of its slowest rank.
     """
 
     tokens: int
@@ -127,15 +127,14 @@ class Workload:
             computed += self.stepper.executor.seconds_computed
         mesh.world.Barrier()
         seconds = perf_counter() - began
-        everyone = collect(mesh.world, computed)
-        stages = [max(everyone[stage :: mesh.num_stages]) for stage in range(mesh.num_stages)]
-        return Turn(tokens, seconds, _mean_parts(mesh.world, parts), stages)
+        everyone = np.array(collect(mesh.world, computed)).reshape(-1, mesh.num_stages, mesh.num_tensor)
+        return Turn(tokens, seconds, _mean_parts(mesh.world, parts), everyone.max(axis=(0, 2)).tolist())
 
     def describe(self, turns: list[Turn], steps: int) -> dict[str, Any]:
         """What was done in how many seconds."""
         mesh = self.place.mesh
         return {
-            "mesh": {"data": mesh.num_replicas, "pipe": mesh.num_stages},
+            "mesh": {"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": mesh.num_tensor},
             "exchange": self.stepper.exchange.name,
             "config": self.config.model_dump(mode="json"),
             "steps": steps,
@@ -145,7 +144,7 @@ class Workload:
     def close(self) -> None:
         """Give memory and communicators back (collective)."""
         self.stepper.close()
-        self.place.mesh.free()
+        self.place.close()
 
 
 def _problem(config: Config) -> Problem:
@@ -205,7 +204,9 @@ def table_of(turns: list[Turn], steps: int) -> Table:
     lower, median, upper = np.percentile([turn.seconds / steps for turn in turns], [25, 50, 75]) * 1e3
     table.add_row("step", f"{median:,.1f}")
     for name in turns[0].parts:
-        note = {"reduce_hidden": " (meanwhile)", "gather": " (of update)"}.get(name, "")
+        note = {"tensor": " (of forward_backward)", "reduce_hidden": " (meanwhile)", "gather": " (of update)"}.get(
+            name, ""
+        )
         label = f"  {name}{note}"
         table.add_row(label, f"{1e3 * np.median([turn.parts[name] / steps for turn in turns]):,.1f}")
     rate = np.median([turn.tokens / turn.seconds for turn in turns])

@@ -30,8 +30,11 @@ class TensorGroup(ABC):
     """Ranks that share layers, as `model.tensor_parallel.Group` describes them; all make the same calls.
 
     Attributes:
+        way: by which data go, in words.
         seconds: in all calls so far, waiting for others included.
     """
+
+    way: str
 
     def __init__(self, axis: Comm, transport: Transport) -> None:
         """A group of the ranks of `axis`, which is not used itself."""
@@ -78,6 +81,8 @@ class TensorGroup(ABC):
 class MessageGroup(TensorGroup):
     """Every rank sends every other what that one needs."""
 
+    way = "tensor groups send messages"
+
     def __init__(self, axis: Comm, transport: Transport) -> None:
         """A group of the ranks of `axis`, in a duplicate of it (collective)."""
         super().__init__(axis, transport)
@@ -116,6 +121,8 @@ class MessageGroup(TensorGroup):
 
 class MemoryGroup(TensorGroup):
     """Ranks of one host read each other's slabs; CPU only."""
+
+    way = "tensor groups share memory"
 
     def __init__(self, axis: Comm, transport: Transport) -> None:
         """A group of the ranks of `axis`, which share memory (collective)."""

@@ -26,6 +26,7 @@ class Group(Protocol):
 
     rank: int
     size: int
+    seconds: float  # in all calls so far
 
     def gather_rows(self, own: Tensor, num_rows: int) -> Tensor:
         """[own rows, n] of each rank to [num_rows, n]."""
@@ -37,7 +38,7 @@ class Group(Protocol):
 class Alone:
     """A group of one."""
 
-    rank, size = 0, 1
+    rank, size, seconds = 0, 1, 0.0
 
     def gather_rows(self, own: Tensor, num_rows: int) -> Tensor:
         """The same."""

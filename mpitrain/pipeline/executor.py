@@ -20,6 +20,7 @@ from mpitrain.model.bert import BertStage, token_loss
 from mpitrain.model.dropout import KeyedDropout
 from mpitrain.model.layout import PackedLayout
 from mpitrain.model.linear import postponed
+from mpitrain.model.tensor_parallel import gather
 from mpitrain.observe.trace import Trace, now
 from mpitrain.pipeline.messages import program
 from mpitrain.pipeline.schedule import Instruction, Kind, Schedule
@@ -128,8 +129,10 @@ class Executor:
     def infer(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         """Logits [num_wanted, num_labels] of each micro-batch if the stage holds the head, else an empty list."""
         self._run(micro_batches, train=False)
-        flights = self._flights[-1] if self.stage.has_head else []
-        return [flight.outputs for flight in flights if flight.outputs is not None]
+        own = [flight.outputs for flight in self._flights[-1] if flight.outputs is not None]
+        rows = [batch.layout.num_wanted for batch in micro_batches]
+        group = self.stage.group
+        return [gather(*each, group) for each in zip(own, rows, strict=True)] if self.stage.has_head else []
 
     def _run(self, micro_batches: Sequence[MicroBatch], *, train: bool) -> None:
         self._micro_batches = micro_batches

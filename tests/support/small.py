@@ -13,6 +13,7 @@ from mpitrain.arrange import Arrangement
 from mpitrain.comm.buckets import Bucket, fill_buckets
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.choice import choose_exchange
+from mpitrain.comm.group import open_group
 from mpitrain.dataset.batches import TrainPlan
 from mpitrain.dataset.sequences import MemorySplit
 from mpitrain.model.bert import BertStage
@@ -25,7 +26,7 @@ from mpitrain.pipeline.executor import Executor
 from mpitrain.pipeline.schedule import SCHEDULES
 from mpitrain.runtime import mesh as meshes
 from mpitrain.sections import Train
-from mpitrain.split import aligned_part
+from mpitrain.split import Shard, aligned_part
 from mpitrain.step import Stepper
 
 NUM_LABELS = 5
@@ -88,6 +89,7 @@ class Trained:
     grad_norms: list[float] = field(default_factory=list)
     weights: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     updated: list[bool] = field(default_factory=list)
+    shards: dict[str, Shard] = field(default_factory=dict)
 
 
 def train_small(
@@ -107,21 +109,23 @@ def train_small(
     algorithm: str = "auto",
     wire_dtype: torch.dtype | None = None,
     hosts: str | None = None,
+    tensor: int = 1,
     **options: Any,
 ) -> Trained:
-    """Train on a mesh; weights are this rank's own stage, by name, after the steps in `keep_weights`.
+    """Train on a mesh; weights are this rank's own shards, by name, after the steps in `keep_weights`.
 
     Ranks share memory as far as they do, or as the key `hosts` of HOSTS says.
     """
     card = card or small_card()
     settings = Train(**({"batch_size": 14, "micro_batches": 8, "learning_rate": 3e-3, "max_grad_norm": 0.4} | options))
-    mesh = meshes.build(comm, data, pipe)
+    mesh = meshes.build(comm, data, pipe, tensor)
     transport = Transport(torch.device(device), direct, patient=True)
     arrangement = small_arrangement(card, data, pipe, schedule, chunks, layers)
-    stage = BertStage(card, NUM_LABELS, arrangement.stages[mesh.stage], settings.recompute)
+    group = open_group(mesh.world, on_hosts(mesh.tensor_axis, hosts), transport)
+    stage = BertStage(card, NUM_LABELS, arrangement.stages[mesh.stage], settings.recompute, group)
     initialize(stage, card, settings.seed)
     stage.to(device)
-    buckets = fill_buckets(stage, 20_000, stage.tables, stage.stacks)
+    buckets = fill_buckets(stage, 20_000, stage.tables, stage.stacks, stage.shards, stage.shared)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
     exchange, why = choose_exchange(
         mesh.world,
@@ -134,7 +138,7 @@ def train_small(
         reproducible=settings.reproducible,
     )
     exchange.spread()
-    optimizer = ShardedAdamW(buckets, settings)
+    optimizer = ShardedAdamW(buckets, settings, first=mesh.tensor == 0)
     executor = Executor(stage, mesh, transport, arrangement.schedule)
     stepper = Stepper(
         mesh,
@@ -165,6 +169,8 @@ def train_small(
         trained.updated.append(result.updated)
         if step + 1 in keep_weights:
             trained.weights[step + 1] = {n: p.detach().float().cpu().clone() for n, p in stage.named_parameters()}
+            trained.shards = stage.shards
     stepper.close()
+    group.close()
     mesh.free()
     return trained
