@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from mpitrain.config import Config
 from mpitrain.errors import UsageError
+from mpitrain.fit import Need, Room, gib, need_of
 from mpitrain.model.bert import num_blocks
 from mpitrain.model.card import ModelCard
 from mpitrain.model.cost import block_costs
-from mpitrain.pipeline.balance import by_hand, choose_mesh, split_blocks, split_chunks
+from mpitrain.pipeline.balance import by_hand, mesh_choices, split_blocks, split_chunks
 from mpitrain.pipeline.schedule import SCHEDULES, Placement, Schedule
 from mpitrain.pipeline.table import num_rows, read_schedule, read_text
 from mpitrain.runtime.mesh import check_shape
@@ -28,15 +30,17 @@ class Arrangement:
 
     Attributes:
         data: replicas.
-        tensor: ranks of each stage.
         schedule: of each replica's stages.
         chunks: blocks of each part of the model, in forward order.
+        tensor: ranks of each stage.
+        need: of memory, if that was asked.
     """
 
     data: int
     schedule: Schedule
     chunks: list[Blocks]
     tensor: int = 1
+    need: Need | None = None
 
     @property
     def pipe(self) -> int:
@@ -72,8 +76,13 @@ def arrange(
     *,
     table: str | None = None,
     pipe: int | None = None,
+    room: Room | None = None,
+    length: float = TYPICAL_LENGTH,
 ) -> Arrangement:
     """What was asked for, and choices where nothing was.
+
+    Where no axis is given the mesh is the first of `mesh_choices` that has room for training; where none has, ranks
+    share layers, as few as will do, on one node.
 
     Args:
         num_ranks: of the job.
@@ -81,24 +90,79 @@ def arrange(
         card: the model.
         num_labels: of its head.
         table: text of the file that is the schedule, if one is.
-        pipe: number of stages if neither axis is given, instead of the rule for training.
+        pipe: number of stages if no axis is given, instead of the rule for training.
+        room: of the job; without limits if None.
+        length: tokens of a typical sequence.
 
     Raises:
-        UsageError: mesh, layers and schedule do not fit each other, the ranks or the model.
+        UsageError: mesh, layers and schedule do not fit each other, the ranks, the model or the memory.
     """
-    tensor = config.mesh.tensor or 1
-    check_tensor(tensor, config, card)
-    data, num_stages = _mesh_shape(num_ranks // tensor, config, card, table, pipe)
-    check_shape(num_ranks, data, num_stages, tensor)
+    found: list[tuple[Need, Arrangement]] = []
+    for shape in _choices(num_ranks, config, card, table, pipe, room):
+        check_tensor(shape[2], config, card, room)
+        check_shape(num_ranks, *shape)
+        arrangement = _arranged(shape, config, card, num_labels, table)
+        if room is None or pipe is not None:
+            return arrangement
+        need = need_of(card, config, num_labels, arrangement.stages, shape[0], shape[2], length)
+        arrangement = replace(arrangement, need=need)
+        if need.expected <= room.num_bytes:
+            return arrangement
+        found.append((need, arrangement))
+    assert room is not None
+    need, arrangement = min(found, key=lambda each: each[0].expected)
+    if need.least > room.num_bytes:
+        raise UsageError(
+            f"mesh: {arrangement.shape}: weights, gradients and optimizer state take {gib(need.least)} of a rank, "
+            f"which has {gib(room.num_bytes)}; more ranks that share the model (--mesh.pipe, "
+            "--mesh.tensor), or fewer on each node, would work"
+        )
+    return arrangement
+
+
+def _choices(
+    num_ranks: int, config: Config, card: ModelCard, table: str | None, pipe: int | None, room: Room | None
+) -> Iterator[tuple[int, int, int]]:
+    """(data, pipe, tensor), best first: the only one if something was asked for."""
+    data, stages, tensor = config.mesh.data, config.mesh.pipe, config.mesh.tensor
+    groups = num_ranks // (tensor or 1)
+    num_chunks = 1
+    if table is not None:
+        pipe = num_rows(table)
+    else:
+        num_chunks = SCHEDULES[config.pipeline.schedule](1, config.pipeline.chunks).placement.num_chunks
+    if pipe is None and config.pipeline.layers is not None:
+        pipe = len(config.pipeline.layers) // num_chunks
+    if data is not None or stages is not None:
+        yield data or max(1, groups // (stages or 1)), stages or max(1, groups // (data or 1)), tensor or 1
+    elif pipe is not None:
+        yield max(1, groups // max(1, pipe)), max(1, pipe), tensor or 1
+    else:
+        for size in [tensor] if tensor else _tensor_choices(num_ranks, config, card, room):
+            choices = mesh_choices(num_ranks // size, card.num_hidden_layers // num_chunks, config.train.micro_batches)
+            yield from ((*shape, size) for shape in choices)
+
+
+def _tensor_choices(num_ranks: int, config: Config, card: ModelCard, room: Room | None) -> list[int]:
+    """Ranks that may share layers."""
+    heads = 1 if config.train.reproducible else card.num_attention_heads
+    sizes = [size for size in range(1, heads + 1) if heads % size == 0 and num_ranks % size == 0]
+    return [size for size in sizes if size == 1 or (room is not None and room.holds_groups(size))]
+
+
+def _arranged(
+    shape: tuple[int, int, int], config: Config, card: ModelCard, num_labels: int, table: str | None
+) -> Arrangement:
+    data, pipe, tensor = shape
     name = config.pipeline.schedule
     if table is not None:
-        schedule = read_schedule(name, table, num_stages, part(0, config.train.micro_batches, data)[1])
+        schedule = read_schedule(name, table, pipe, part(0, config.train.micro_batches, data)[1])
     else:
-        schedule = SCHEDULES[name](num_stages, config.pipeline.chunks)
+        schedule = SCHEDULES[name](pipe, config.pipeline.chunks)
     return Arrangement(data, schedule, _chunks(config, card, num_labels, schedule.placement), tensor)
 
 
-def check_tensor(tensor: int, config: Config, card: ModelCard) -> None:
+def check_tensor(tensor: int, config: Config, card: ModelCard, room: Room | None) -> None:
     """Raise UsageError unless so many ranks can share each layer of the model."""
     heads = card.num_attention_heads
     if heads % tensor:
@@ -112,28 +176,18 @@ def check_tensor(tensor: int, config: Config, card: ModelCard) -> None:
             f"--train.reproducible: sums over --mesh.tensor {tensor} ranks have other bits than those of one; use "
             "--mesh.tensor 1, and data or pipe instead"
         )
+    if room is not None and not config.mesh.tensor_across_nodes and not room.holds_groups(tensor):
+        sizes = sorted(set(Counter(room.nodes).values()))
+        raise UsageError(
+            f"--mesh.tensor {tensor}: so many ranks in a row share layers, some of them on different nodes (of "
+            f"{', '.join(map(str, sizes))} ranks); a number that divides the ranks of every node, with one node filled "
+            "after the other, would work, or --mesh.tensor_across_nodes true"
+        )
 
 
 def read_table(config: Config) -> str | None:
     """The text of the file that is the schedule, if one is: to be read by one rank."""
     return None if config.pipeline.schedule in SCHEDULES else read_text(config.pipeline.schedule)
-
-
-def _mesh_shape(
-    num_ranks: int, config: Config, card: ModelCard, table: str | None, pipe: int | None
-) -> tuple[int, int]:
-    data, stages = config.mesh.data, config.mesh.pipe
-    if data is None and stages is None:
-        if table is not None:
-            pipe = max(1, num_rows(table))
-            return max(1, num_ranks // pipe), pipe
-        num_chunks = SCHEDULES[config.pipeline.schedule](1, config.pipeline.chunks).placement.num_chunks
-        if pipe is None and config.pipeline.layers is not None:
-            pipe = max(1, len(config.pipeline.layers) // num_chunks)
-        if pipe is None:
-            return choose_mesh(num_ranks, card.num_hidden_layers // num_chunks, config.train.micro_batches)
-        return max(1, num_ranks // pipe), pipe
-    return data or max(1, num_ranks // (stages or 1)), stages or max(1, num_ranks // (data or 1))
 
 
 def _chunks(config: Config, card: ModelCard, num_labels: int, placement: Placement) -> list[Blocks]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from mpitrain.arrange import Arrangement, Blocks, arrange, name_blocks, read_table
+from mpitrain.arrange import TYPICAL_LENGTH, Arrangement, Blocks, arrange, name_blocks, read_table
 from mpitrain.comm import gpu
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.group import TensorGroup, open_group
 from mpitrain.config import Config
 from mpitrain.errors import UsageError, on_all_ranks
+from mpitrain.fit import Room, gib
 from mpitrain.model import linear
 from mpitrain.model.bert import BertStage
 from mpitrain.model.card import ModelCard
@@ -21,12 +22,21 @@ from mpitrain.pipeline.executor import Executor
 from mpitrain.problem import Problem
 from mpitrain.runtime import mesh as meshes
 from mpitrain.runtime.agree import Comm, any_rank, attempt, attempt_at_root, collect
-from mpitrain.runtime.device import Cores, choose_device, keep_freed_memory, place_on_node, share_cores
+from mpitrain.runtime.device import (
+    Cores,
+    choose_device,
+    keep_freed_memory,
+    node_of_each_rank,
+    place_on_node,
+    share_cores,
+)
 from mpitrain.runtime.launch import library_version
+from mpitrain.runtime.memory import least_memory
 from mpitrain.runtime.mesh import Mesh
 from mpitrain.sections import Train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+USABLE = 0.9  # of the memory there is: the system has some of it
 WORTHWHILE, CHECKS = 1.5, 3  # a gain over the library to be expected that is no chance, found so often in a row
 
 
@@ -60,12 +70,7 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     if device.type == "cpu":
         keep_freed_memory()
     cores = share_cores(comm, config.train.threads)
-    table = attempt_at_root(comm, "reading --pipeline.schedule", lambda: read_table(config))
-    arrangement = attempt(
-        comm,
-        "choosing the mesh",
-        lambda: arrange(comm.size, config, problem.card, len(problem.label_names), table=table, pipe=pipe),
-    )
+    arrangement = choose_arrangement(comm, config, problem, device, console, pipe)
     direct, why = gpu.decide(comm, device, config.comm.gpu) if device.type == "cuda" else (True, "")
     if device.type == "cpu" and config.comm.gpu != "auto":
         console.warn(f"--comm.gpu {config.comm.gpu} has no effect: this run uses no GPU")
@@ -80,25 +85,31 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     precision = config.train.matmul_precision
     if precision != "highest" and any_rank(comm, not linear.rounds(device, DTYPES[config.train.precision])):
         console.warn(f"--train.matmul_precision {precision} has no effect on products of {config.train.precision} here")
-    if not config.mesh.tensor_across_nodes:
-        check_tensor_on_nodes(mesh)
     group = open_group(mesh.world, mesh.tensor_axis, transport)
     console.say("mesh", f"{comm.size} rank(s) = {arrangement.shape}{f', {group.way}' if group.size > 1 else ''}")
     return Place(mesh, transport, arrangement, group)
 
 
-def check_tensor_on_nodes(mesh: Mesh) -> None:
-    """Raise UsageError on all ranks if some tensor group has ranks on several nodes (collective)."""
-    here = place_on_node(mesh.tensor_axis)[1]
-    if any_rank(mesh.world, here < mesh.num_tensor):
-        sizes = sorted({str(size) for size in collect(mesh.world, place_on_node(mesh.world)[1])}, key=int)
-        raise on_all_ranks(
-            UsageError(
-                f"--mesh.tensor {mesh.num_tensor}: {mesh.num_tensor} ranks in a row share layers, some of which would "
-                f"be on different nodes (with {', '.join(sizes)} ranks each); a number that divides the ranks of every "
-                "node, with nodes filled one after the other, would work, or --mesh.tensor_across_nodes true"
-            )
+def choose_arrangement(
+    comm: Comm, config: Config, problem: Problem, device: torch.device, console: Console, pipe: int | None
+) -> Arrangement:
+    """What fits ranks, nodes and memory; warns where memory may be short (collective)."""
+    table = attempt_at_root(comm, "reading --pipeline.schedule", lambda: read_table(config))
+    room = Room(int(USABLE * least_memory(comm, device)), node_of_each_rank(comm))
+    length = problem.mean_length or TYPICAL_LENGTH
+    num_labels, asked = len(problem.label_names), {"table": table, "pipe": pipe}
+
+    def choose() -> Arrangement:
+        return arrange(comm.size, config, problem.card, num_labels, room=room, length=length, **asked)
+
+    arrangement = attempt(comm, "choosing the mesh", choose)
+    need = arrangement.need
+    if need is not None and need.expected > room.num_bytes:
+        console.warn(
+            f"a rank may need {gib(need.expected)} of memory and has {gib(room.num_bytes)}; more --mesh.pipe or "
+            "--mesh.tensor, more --train.micro_batches, or --train.recompute block take less"
         )
+    return arrangement
 
 
 def say_stages(console: Console, place: Place, card: ModelCard) -> None:

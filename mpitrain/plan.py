@@ -5,7 +5,6 @@ Times are estimates from the number of operations of each block; on one machine 
 
 from __future__ import annotations
 
-from math import prod
 from pathlib import Path
 
 from rich.table import Table
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from mpitrain.arrange import TYPICAL_LENGTH, Arrangement, arrange, name_blocks, read_table
 from mpitrain.config import Config
-from mpitrain.model.bert import parameter_shapes
+from mpitrain.fit import block_sizes, state_bytes
 from mpitrain.model.card import ModelCard, resolve_model
 from mpitrain.model.cost import block_costs
 from mpitrain.observe.console import Console
@@ -74,26 +73,19 @@ def _say(
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("stage", "blocks"):
         table.add_column(name)
-    for name in ("parameters", "busy", "micro-batches kept"):
+    for name in ("parameters", "of all", "state GiB", "busy", "micro-batches kept"):
         table.add_column(name, justify="right")
-    sizes = _sizes(card)
+    sizes = block_sizes(card, NUM_LABELS, arrangement.tensor)
+    total = sum(block_sizes(card, NUM_LABELS))
     for stage, chunks in enumerate(arrangement.stages):
         parameters = sum(sizes[block] for first, last in chunks for block in range(first, last))
         kept = f"{proof.peak_live[stage] / len(chunks):.3g}"
         busy = f"{proof.busy[stage] / proof.makespan:.1%}"
-        table.add_row(str(stage), name_blocks(chunks, card), f"{parameters:,}", busy, kept)
+        state = state_bytes(parameters, arrangement.data, config.train.precision)
+        numbers = (f"{parameters:,}", f"{parameters / total:.1%}", f"{state / 2**30:.3g}", busy, kept)
+        table.add_row(str(stage), name_blocks(chunks, card), *numbers)
     console.show(table)
-
-
-def _sizes(card: ModelCard) -> list[int]:
-    """Parameters of each block."""
-    sizes = [0] * (card.num_hidden_layers + 2)
-    for name, shape in parameter_shapes(card, NUM_LABELS).items():
-        block = 0 if name.startswith("bert.embeddings.") else card.num_hidden_layers + 1
-        if name.startswith("bert.encoder.layer."):
-            block = 1 + int(name.split(".")[3])
-        sizes[block] += prod(shape)
-    return sizes
+    console.say("", "parameters and state (weights, gradients, optimizer) of each rank of a stage")
 
 
 def _show(console: Console, out: Path | None, arrangement: Arrangement, proof: Proof) -> None:

@@ -34,6 +34,12 @@ class Problem:
     info: DatasetInfo | None = None
     pretrained: Pretrained | None = None
 
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a sequence of the train split; 0 without one."""
+        entries = self.info.splits.get("train", []) if self.info is not None else []
+        return sum(entry.tokens for entry in entries) / max(1, sum(entry.sequences for entry in entries))
+
     @cached_property
     def tokenizer_json(self) -> str:
         """The tokenizer as text."""

@@ -30,6 +30,9 @@ def _schedule(value: str) -> str:
     return value
 
 
+Axis = Annotated[PositiveInt | None, BeforeValidator(lambda value: None if value == "auto" else value)]
+
+
 class Section(BaseModel):
     """A part of the configuration; the text under a field is its help."""
 
@@ -37,13 +40,13 @@ class Section(BaseModel):
 
 
 class Mesh(Section):
-    """How the ranks are arranged; what is not given is chosen and printed."""
+    """How the ranks are arranged; what is not given, or auto, is chosen and printed."""
 
-    data: PositiveInt | None = None
+    data: Axis = None
     """replicas of the model, each trained on its share of every batch"""
-    pipe: PositiveInt | None = None
+    pipe: Axis = None
     """stages that a replica's layers are spread over"""
-    tensor: PositiveInt | None = None
+    tensor: Axis = None
     """ranks that share each layer of a stage: its attention heads, columns of the MLP, word pieces"""
     tensor_across_nodes: bool = False
     """let ranks on different nodes share layers, which sends four messages a layer and micro-batch"""

@@ -5,7 +5,7 @@ Blocks are numbered through the model: 0 is the embeddings, 1 to num_layers the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, count, pairwise
 
 from mpitrain.errors import UsageError
@@ -145,15 +145,16 @@ def by_hand(layers: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
     return list(pairwise([0, *stops[1:-1], num_layers + 2]))
 
 
-def choose_mesh(num_ranks: int, num_layers: int, num_micro_batches: int) -> tuple[int, int]:
-    """(data, pipe) for a number of ranks: the fewest stages that leave every replica two micro-batches a step.
+def mesh_choices(num_ranks: int, num_layers: int, num_micro_batches: int) -> Iterator[tuple[int, int]]:
+    """(data, pipe) for a number of ranks, in the order in which they are to be preferred.
 
-    Where no number of stages up to `num_layers` does so, one micro-batch must do; where that is too much as well,
-    replicas without work are accepted and the pipeline has one stage.
+    First the fewest stages that leave every replica two micro-batches a step. Where no number of stages up to
+    `num_layers` does so, one micro-batch must do; where that is too much as well, replicas without work are accepted
+    and the pipeline has one stage. Then, for want of room, ever more stages.
     """
     pipes = [pipe for pipe in range(1, min(num_ranks, num_layers) + 1) if num_ranks % pipe == 0]
     for num_wanted in (2, 1):
         for pipe in pipes:
             if num_ranks // pipe * num_wanted <= num_micro_batches:
-                return num_ranks // pipe, pipe
-    return num_ranks, 1
+                yield num_ranks // pipe, pipe
+    yield from ((num_ranks // pipe, pipe) for pipe in (1, *pipes))

@@ -14,7 +14,7 @@ import torch
 from mpi4py import MPI
 
 from mpitrain.errors import UsageError, on_all_ranks
-from mpitrain.runtime.agree import Comm, any_rank, collect
+from mpitrain.runtime.agree import Comm, any_rank, collect, share
 from mpitrain.sections import MOST_THREADS
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
@@ -52,6 +52,14 @@ def place_on_node(comm: Comm) -> tuple[int, int]:
     place = (node.rank, node.size)
     node.Free()
     return place
+
+
+def node_of_each_rank(comm: Comm) -> list[int]:
+    """The lowest rank on each rank's node (collective)."""
+    node = Comm(comm.Split_type(MPI.COMM_TYPE_SHARED))
+    first = share(node, comm.rank)
+    node.Free()
+    return collect(comm, first)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpitrain.errors import UsageError
-from mpitrain.pipeline.balance import by_hand, choose_mesh, split_blocks, split_chunks
+from mpitrain.pipeline.balance import by_hand, mesh_choices, split_blocks, split_chunks
 from mpitrain.pipeline.schedule import in_a_v, in_turn
 from mpitrain.split import part
 
@@ -97,17 +97,19 @@ def test_parts_are_even_contiguous_and_the_first_ones_longer(num_things, num_par
     ],
 )
 def test_the_mesh_for_eight_micro_batches_and_four_layers(num_ranks, mesh):
-    assert choose_mesh(num_ranks, 4, 8) == mesh
+    assert next(mesh_choices(num_ranks, 4, 8)) == mesh
 
 
 def test_ranks_that_are_too_many_for_two_micro_batches_each_get_one_or_none():
-    assert choose_mesh(12, 2, 8) == (6, 2)
-    assert choose_mesh(11, 4, 8) == (11, 1)
+    assert next(mesh_choices(12, 2, 8)) == (6, 2)
+    assert next(mesh_choices(11, 4, 8)) == (11, 1)
 
 
 @given(st.integers(1, 200), st.integers(1, 24), st.integers(1, 64))
 def test_a_mesh_uses_every_rank_and_fills_every_stage(num_ranks, num_layers, num_micro_batches):
-    data, pipe = choose_mesh(num_ranks, num_layers, num_micro_batches)
+    choices = list(mesh_choices(num_ranks, num_layers, num_micro_batches))
+    assert {pipe for _, pipe in choices} == {p for p in range(1, num_layers + 1) if num_ranks % p == 0}
+    data, pipe = choices[0]
     assert data * pipe == num_ranks and pipe <= num_layers
     shorter = [other for other in range(1, pipe) if num_ranks % other == 0]
     wanted = 2 if 2 * data <= num_micro_batches else 1

@@ -1,0 +1,56 @@
+"""How much memory a rank may use: its share of what its node, its job's control group or its GPU has in all.
+
+Not what is free just now: a job that is started again shall find the same.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from mpitrain.runtime.agree import Comm, collect
+from mpitrain.runtime.device import place_on_node
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def least_memory(comm: Comm, device: torch.device) -> int:
+    """Bytes that each rank of the job has at least (collective)."""
+    per_node = place_on_node(comm)[1]
+    if device.type == "cuda":
+        per_device = -(-per_node // torch.cuda.device_count())
+        mine = torch.cuda.get_device_properties(device).total_memory // per_device
+    else:
+        mine = node_memory() // per_node
+    return int(min(collect(comm, mine)))
+
+
+def node_memory() -> int:
+    """Bytes that this node has for this job: all of it, or what the job's control group is limited to."""
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *group_limits())
+
+
+def group_limits(told: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> list[int]:
+    """Limits in bytes of this process's control group and those above it, of version 1 or 2 (cgroups(7))."""
+    limits = [1 << 62]
+    with suppress(OSError, ValueError):
+        for line in told.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            mounted, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+            group = mounted / path.lstrip("/")
+            for place in (group, *group.parents):
+                if place.is_relative_to(mounted):
+                    limits += _limit(place / name)
+    return limits
+
+
+def _limit(file: Path) -> list[int]:
+    try:
+        return [int(file.read_text())]
+    except (OSError, ValueError):  # there is none here, or it is "max"
+        return []
