@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from ctypes import memmove
+from functools import lru_cache
+from math import prod
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +27,21 @@ from mpitrain.split import part
 
 SLAB = 1 << 20  # bytes of a round, few enough to stay in caches until they are read
 TAG = 11
+
+
+Bounds = Sequence[tuple[int, int]]
+
+
+@lru_cache(maxsize=1024)
+def cut_rows(num_rows: int, width: int, size: int) -> Bounds:
+    """Bounds of each rank's elements among those of [num_rows, width]."""
+    cuts = (part(rank, num_rows, size) for rank in range(size))
+    return [(start * width, stop * width) for start, stop in cuts]
+
+
+def _count(bounds: tuple[int, int], first: int, step: int) -> int:
+    """Elements of a rank in the round that begins with its element `first`."""
+    return max(0, min(step, bounds[1] - bounds[0] - first))
 
 
 class TensorGroup(ABC):
@@ -41,12 +59,13 @@ class TensorGroup(ABC):
         self.rank, self.size = axis.rank, axis.size
         self.seconds = 0.0
         self._transport = transport
+        self._others = [rank for rank in range(self.size) if rank != self.rank]
 
     def gather_rows(self, own: torch.Tensor, num_rows: int) -> torch.Tensor:
         """[own rows, n] of each rank to [num_rows, n]; rows are cut by `split.part`."""
         began = perf_counter()
         whole = own.new_empty((num_rows, *own.shape[1:]))
-        self._gather(own.contiguous().view(-1), whole.view(-1), self._bounds(whole))
+        self._gather(own.contiguous(), whole, cut_rows(num_rows, prod(own.shape[1:]), self.size))
         self.seconds += perf_counter() - began
         return whole
 
@@ -55,22 +74,16 @@ class TensorGroup(ABC):
         began = perf_counter()
         start, stop = part(self.rank, len(partial), self.size)
         own = partial.new_empty((stop - start, *partial.shape[1:]))
-        self._scatter(partial.contiguous().view(-1), own.view(-1), self._bounds(partial))
+        self._scatter(partial.contiguous(), own, cut_rows(len(partial), prod(own.shape[1:]), self.size))
         self.seconds += perf_counter() - began
         return own
 
-    def _bounds(self, whole: torch.Tensor) -> list[tuple[int, int]]:
-        """Of each rank's rows in the flattened tensor."""
-        width = whole[0].numel() if len(whole) else 0
-        cuts = (part(rank, len(whole), self.size) for rank in range(self.size))
-        return [(start * width, stop * width) for start, stop in cuts]
+    @abstractmethod
+    def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: Bounds) -> None:
+        """Fill `whole`, in which rank i's elements have the i-th bounds; all tensors are contiguous."""
 
     @abstractmethod
-    def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: list[tuple[int, int]]) -> None:
-        """Fill `whole`, rank i's part of which has the i-th bounds."""
-
-    @abstractmethod
-    def _scatter(self, partial: torch.Tensor, own: torch.Tensor, bounds: list[tuple[int, int]]) -> None:
+    def _scatter(self, partial: torch.Tensor, own: torch.Tensor, bounds: Bounds) -> None:
         """Fill `own`."""
 
     @abstractmethod
@@ -87,16 +100,17 @@ class MessageGroup(TensorGroup):
         """A group of the ranks of `axis`, in a duplicate of it (collective)."""
         super().__init__(axis, transport)
         self._comm = Comm(axis.Dup())
-        self._others = [rank for rank in range(self.size) if rank != self.rank]
 
-    def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: list[tuple[int, int]]) -> None:
+    def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: Bounds) -> None:
+        own, whole = own.view(-1), whole.view(-1)
         whole[slice(*bounds[self.rank])] = own
         leaving = dict.fromkeys(self._others, own)
         sizes = [stop - start for start, stop in bounds]
         for rank, values in self._exchange(leaving, sizes, own.dtype):
             whole[slice(*bounds[rank])] = values
 
-    def _scatter(self, partial: torch.Tensor, own: torch.Tensor, bounds: list[tuple[int, int]]) -> None:
+    def _scatter(self, partial: torch.Tensor, own: torch.Tensor, bounds: Bounds) -> None:
+        own, partial = own.view(-1), partial.view(-1)
         leaving = {rank: partial[slice(*bounds[rank])] for rank in self._others}
         arrived = dict(self._exchange(leaving, [len(own)] * self.size, own.dtype))
         arrived[self.rank] = partial[slice(*bounds[self.rank])]
@@ -133,52 +147,52 @@ class MemoryGroup(TensorGroup):
         self._window.Lock_all()
         everything: Any = MPI.buffer.fromaddress(self._window.Shared_query(0)[0].address, flags + self.size * 2 * SLAB)
         self._flags = Flags(everything, self._window, axis, 1)
-        slabs = torch.frombuffer(everything, dtype=torch.uint8)[flags:]
-        self._slabs = slabs.view(self.size, 2, SLAB)
+        self._slabs = torch.frombuffer(everything, dtype=torch.uint8)[flags:].view(self.size, 2, SLAB)
         self._slabs[self.rank].zero_()  # by its owner, so that the pages lie in this rank's memory domain
+        self._places = [[half.data_ptr() for half in slab] for slab in self._slabs]
         self._half = 0
-        self._views: dict[torch.dtype, list[list[torch.Tensor]]] = {}
+        self._views = lru_cache(maxsize=1024)(self._view)
         axis.Barrier()
 
-    def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: list[tuple[int, int]]) -> None:
-        step = SLAB // own.element_size()
-        for first in range(0, max(stop - start for start, stop in bounds), step):
-            slabs = self._begin_round(own.dtype)
-            mine = own[first : first + step]
-            slabs[self.rank][: len(mine)] = mine
+    def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: Bounds) -> None:
+        itemsize, source, target = own.element_size(), own.data_ptr(), whole.data_ptr()
+        step = SLAB // itemsize
+        for first in range(0, bounds[0][1], step):  # nobody has more rows than rank 0
+            half = self._half = 1 - self._half
+            start, count = bounds[self.rank][0] + first, _count(bounds[self.rank], first, step)
+            memmove(self._places[self.rank][half], source + first * itemsize, count * itemsize)
             self._flags.rise(0)
-            whole[bounds[self.rank][0] + first :][: len(mine)] = mine
+            memmove(target + start * itemsize, source + first * itemsize, count * itemsize)
             self._flags.wait_for(0, self._transport)
-            for rank, (start, stop) in enumerate(bounds):
-                if rank != self.rank:
-                    theirs = whole[min(start + first, stop) : min(start + first + step, stop)]
-                    theirs.copy_(slabs[rank][: len(theirs)])
+            for rank in self._others:
+                num_bytes = _count(bounds[rank], first, step) * itemsize
+                memmove(target + (bounds[rank][0] + first) * itemsize, self._places[rank][half], num_bytes)
 
-    def _scatter(self, partial: torch.Tensor, own: torch.Tensor, bounds: list[tuple[int, int]]) -> None:
-        step = SLAB // own.element_size() // self.size
-        for first in range(0, max(stop - start for start, stop in bounds), step):
-            slabs = self._begin_round(own.dtype)
-            for rank, (start, stop) in enumerate(bounds):
-                if rank != self.rank:
-                    theirs = partial[min(start + first, stop) : min(start + first + step, stop)]
-                    slabs[self.rank][rank * step :][: len(theirs)] = theirs
+    def _scatter(self, partial: torch.Tensor, own: torch.Tensor, bounds: Bounds) -> None:
+        itemsize, source = own.element_size(), partial.data_ptr()
+        step = SLAB // self.size // itemsize
+        for first in range(0, bounds[0][1], step):
+            half = self._half = 1 - self._half
+            for rank in self._others:
+                place = self._places[self.rank][half] + rank * step * itemsize
+                num_bytes = _count(bounds[rank], first, step) * itemsize
+                memmove(place, source + (bounds[rank][0] + first) * itemsize, num_bytes)
             self._flags.rise(0)
             self._flags.wait_for(0, self._transport)
-            target = own[first : first + step]
-            parts = [slab[self.rank * step :][: len(target)] for slab in slabs]
-            parts[self.rank] = partial[bounds[self.rank][0] + first :][: len(target)]
-            add_up(parts, target)
+            start, count = bounds[self.rank][0] + first, _count(bounds[self.rank], first, step)
+            parts = [self._views(rank, half, own.dtype, step, count) for rank in range(self.size)]
+            parts[self.rank] = partial.view(-1)[start : start + count]
+            add_up(parts, own.view(-1)[first : first + count])
 
-    def _begin_round(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Everybody's slab for this round."""
-        if dtype not in self._views:
-            self._views[dtype] = [[slab[half].view(dtype) for slab in self._slabs] for half in range(2)]
-        self._half = 1 - self._half
-        return self._views[dtype][self._half]
+    def _view(self, rank: int, half: int, dtype: torch.dtype, step: int, count: int) -> torch.Tensor:
+        """What a rank has left for this one."""
+        slab: torch.Tensor = self._slabs[rank, half].view(dtype)
+        return slab[self.rank * step :][:count]
 
     def close(self) -> None:
         """Give the memory back; all views of it dangle after this."""
-        self._views, self._slabs = {}, torch.empty(0)
+        self._views.cache_clear()
+        self._slabs = torch.empty(0)
         self._flags.forget()
         self._window.Unlock_all()
         self._window.Free()

@@ -1,73 +1,83 @@
-"""Seconds in the messages of a tensor group, by those of MPI_Allreduce, which would do in their place.
+"""Seconds that training spends in the messages of a tensor group, by those of MPI_Allreduce in their place.
 
-    mpirun -np 2 python tests/benchmarks/tensor_messages.py
+    mpirun -np 2 python tests/benchmarks/tensor_messages.py [--model minilm-l12] [--precision bf16] [--turns 15]
 
-A sub-layer gathers rows before it and scatters a sum behind it; without sequence parallelism it would call
-MPI_Allreduce. Both take turns. MPI has no bf16: there MPI_Allreduce sums the same numbers in fp32.
+Where every rank keeps all tokens (Megatron-LM without sequence parallelism) there is nothing to gather, and
+MPI_Allreduce gives the sums of both directions. Turns of some steps alternate between both in one run; those by
+MPI_Allreduce compute with made-up rows, for their times alone. MPI has no bf16: its sums are made in fp32.
 """
 
 from __future__ import annotations
 
-from statistics import quantiles
+import argparse
+from pathlib import Path
+from statistics import median, quantiles
 from time import perf_counter
 
 from mpitrain.runtime import launch
 
-launch.start()
+world = launch.start()
 
-import numpy as np  # noqa: E402 - MPI comes first
-import torch  # noqa: E402
+import torch  # noqa: E402 - MPI comes first
 from mpi4py import MPI  # noqa: E402
 
-from mpitrain.comm.buffers import Transport  # noqa: E402
-from mpitrain.comm.group import open_group  # noqa: E402
-from mpitrain.runtime.agree import Comm  # noqa: E402
-from mpitrain.runtime.device import keep_freed_memory  # noqa: E402
+from mpitrain import config  # noqa: E402
+from mpitrain.bench.step import Workload  # noqa: E402
+from mpitrain.comm.buffers import memory  # noqa: E402
+from mpitrain.observe.console import Console  # noqa: E402
+from mpitrain.runtime.agree import Comm, collect  # noqa: E402
 from mpitrain.split import part  # noqa: E402
 
-ROWS, WIDTHS = (128, 512, 1024, 4096), (384, 768)
-TURNS = 60
+STEPS = 3
+
+
+class ByAllreduce:
+    """Instead of a group's own calls: `scatter_sum` is an MPI_Allreduce, and nothing is gathered."""
+
+    def __init__(self, group, comm) -> None:
+        self.group, self.comm = group, comm
+
+    def gather_rows(self, own: torch.Tensor, num_rows: int) -> torch.Tensor:
+        return own.repeat(self.group.size + 1, *[1] * (own.dim() - 1)).narrow(0, 0, num_rows) if len(own) else own
+
+    def scatter_sum(self, partial: torch.Tensor) -> torch.Tensor:
+        began = perf_counter()
+        exact = partial.float().contiguous()  # in place, if it is fp32 already
+        self.comm.Allreduce(MPI.IN_PLACE, [memory(exact), MPI.FLOAT])
+        summed = exact.to(partial.dtype)
+        self.group.seconds += perf_counter() - began
+        return summed[slice(*part(self.group.rank, len(summed), self.group.size))]
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    comm = Comm(MPI.COMM_WORLD)
-    group = open_group(comm, comm, Transport())
-    for dtype in (torch.float32, torch.bfloat16):
-        for width in WIDTHS:
-            for rows in ROWS:
-                ratios, ours = compare(comm, group, rows, width, dtype)
-                if comm.rank == 0:
-                    low, median, high = quantiles(ratios, n=4)
-                    size = f"{rows} x {width} {str(dtype).removeprefix('torch.')}"
-                    print(f"{size:>22}: {median:.2f} ({low:.2f}, {high:.2f}), {1e6 * ours:,.0f} us", flush=True)
-    group.close()
-
-
-def compare(comm, group, rows: int, width: int, dtype: torch.dtype) -> tuple[list[float], float]:
-    partial = torch.ones(rows, width, dtype=dtype)
-    own = torch.ones(rows, width, dtype=dtype)[slice(*part(comm.rank, rows, comm.size))]
-    plain = np.ones(rows * width, np.float32)
-
-    def by_us() -> None:
-        group.gather_rows(own, rows)
-        group.scatter_sum(partial)
-
-    def by_mpi() -> None:
-        comm.Allreduce(MPI.IN_PLACE, plain)
-
-    times = np.array([[time(comm, work) for work in (by_us, by_mpi)] for _ in range(TURNS)])
-    times = np.array(comm.allgather(times)).max(axis=0)[5:]  # who comes last has it; the first turns warm up
-    return (times[:, 0] / times[:, 1]).tolist(), float(np.median(times[:, 0]))
-
-
-def time(comm, work) -> float:
-    comm.Barrier()
-    began = perf_counter()
-    for _ in range(4):
-        work()
-    return (perf_counter() - began) / 4
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="minilm-l12")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=15)
+    options = parser.parse_args()
+    flags = ["--model", options.model, "--train.precision", options.precision, "--train.batch_size", str(options.batch)]
+    settings = config.load([*flags, "--mesh.tensor", str(world.size)])
+    console = Console(world.rank == 0)
+    lengths = Path(__file__).with_name("lengths.txt")
+    work = Workload(world, settings, console, lengths, num_steps=10**6)
+    group, axis = work.place.group, Comm(work.place.mesh.tensor_axis.Dup())
+    ways = {"ours": (group.gather_rows, group.scatter_sum)}
+    peer = ByAllreduce(group, axis)
+    ways["MPI_Allreduce"] = (peer.gather_rows, peer.scatter_sum)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.turns + 1):
+        for name, calls in ways.items():
+            group.gather_rows, group.scatter_sum = calls
+            before = group.seconds
+            work.run(STEPS)
+            seconds[name].append(max(collect(world, group.seconds - before)) / STEPS)
+    ratios = [ours / theirs for ours, theirs in zip(*(times[1:] for times in seconds.values()), strict=True)]
+    low, middle, high = quantiles(ratios, n=4)
+    each = ", ".join(f"{name} {1e3 * median(times[1:]):.1f} ms a step" for name, times in seconds.items())
+    console.say("messages", f"{each}; ratio {middle:.2f} (quartiles {low:.2f}, {high:.2f})")
+    axis.Free()
+    work.close()
 
 
 if __name__ == "__main__":
