@@ -131,4 +131,5 @@ def need_of(
 
 def gib(num_bytes: float) -> str:
     """In words."""
-    return f"{num_bytes / 2**30:.3g} GiB"
+    size = num_bytes / 2**30
+    return f"{size:.3g} GiB" if size < 100 else f"{size:,.0f} GiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shlex
@@ -205,15 +206,25 @@ def test_residuals_of_error_feedback_are_resumed_or_begin_anew_with_a_warning(pr
 
 
 @pytest.mark.parametrize(
-    "data, pipe, schedule", [(1, 1, "1f1b"), (2, 1, "1f1b"), (1, 2, "zb-v"), (1, 3, "interleaved"), (3, 1, "1f1b")]
+    "shape, schedule",
+    [
+        ((1, 1, 1), "1f1b"),
+        ((2, 1, 1), "1f1b"),
+        ((1, 2, 1), "zb-v"),
+        ((1, 3, 1), "interleaved"),
+        ((3, 1, 1), "1f1b"),
+        ((1, 1, 2), "1f1b"),
+        ((1, 2, 2), "zb-h1"),
+    ],
 )
 def test_a_run_resumed_on_another_mesh_goes_on_with_the_same_data_and_losses(
-    problem, stopped, uninterrupted, data, pipe, schedule
+    problem, stopped, uninterrupted, shape, schedule
 ):
     place, flags, environment = problem
-    out = f"moved-{data}x{pipe}"
-    mesh = ("--mesh.data", str(data), "--mesh.pipe", str(pipe), "--pipeline.schedule", schedule)
-    done = mpitrain(data * pipe, *flags, *mesh, "--resume", "stopped", "--out", out, cwd=place, **environment)
+    out = "moved-" + "x".join(map(str, shape))
+    axes = zip(("--mesh.data", "--mesh.pipe", "--mesh.tensor"), map(str, shape), strict=True)
+    mesh = (*(word for axis in axes for word in axis), "--pipeline.schedule", schedule)
+    done = mpitrain(math.prod(shape), *flags, *mesh, "--resume", "stopped", "--out", out, cwd=place, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     first = exit_of(stopped)["step"]
     found, expected = metrics_of(place / out)[:20], metrics_of(uninterrupted)[first : first + 20]
@@ -221,6 +232,12 @@ def test_a_run_resumed_on_another_mesh_goes_on_with_the_same_data_and_losses(
     for key in ("step", "tokens", "learning_rate"):
         assert [line[key] for line in found] == [line[key] for line in expected]
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], abs=1e-4)
+    if shape[2] > 1:  # what such ranks have saved, one rank reads
+        done = mpitrain(1, "evaluate", "--checkpoint", out, "--out", f"{out}-again", cwd=place, **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        scores, again = (json.loads((place / run / "eval.json").read_text())["test"] for run in (out, f"{out}-again"))
+        assert again["f1_conlleval"] == scores["f1_conlleval"]
+        assert again["loss"] == pytest.approx(scores["loss"], rel=1e-5)
 
 
 def test_a_rank_that_is_killed_ends_the_job_which_restarts_to_the_same_end(problem, uninterrupted):

@@ -17,6 +17,7 @@ from seqeval.metrics import accuracy_score, f1_score
 from tiny import make_tiny
 
 MESHES = {"one rank": (1,), "two ranks": (2,), "three ranks": (3,), "two stages": (2, "--mesh.pipe", "2")}
+MESHES["shared layers"] = (2, "--mesh.tensor", "2")
 MESHES["a V of two stages"] = (2, "--mesh.pipe", "2", "--pipeline.schedule", "zb-v")
 # An empty word, a mark without width, a blank inside, one that BERT's text clean-up deletes, one of 600 pieces,
 # one that no piece fits, and texts of special tokens.
@@ -131,11 +132,11 @@ def test_tags_are_those_that_the_scores_were_made_of(trained, tagged_by_one):
     assert accuracy_score(gold, predicted) == pytest.approx(expected["token_accuracy"])
 
 
-@pytest.mark.parametrize("mesh", ["three ranks", "two stages"])
+@pytest.mark.parametrize("mesh", ["three ranks", "two stages", "shared layers"])
 def test_tags_are_the_same_on_any_mesh(trained, tagged_by_one, mesh):
     ranks, *flags = MESHES[mesh]
-    use(trained, ranks, "predict", "--checkpoint", "run", "weird.conll", "--out", f"{ranks}.conll", *flags)
-    found = rows_of((trained[0] / f"{ranks}.conll").read_text())
+    use(trained, ranks, "predict", "--checkpoint", "run", "weird.conll", "--out", f"{mesh}.conll", *flags)
+    found = rows_of((trained[0] / f"{mesh}.conll").read_text())
     assert [[row[:2] for row in rows] for rows in found] == [[row[:2] for row in rows] for rows in tagged_by_one]
     scores = ([float(row[2]) for rows in output for row in rows] for output in (found, tagged_by_one))
     assert next(scores) == pytest.approx(next(scores), abs=2e-4)

@@ -20,7 +20,13 @@ from small import train_small
 
 from mpitrain.runtime.agree import total
 
-MESHES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 3: [(3, 1)], 4: [(2, 2), (1, 4)], 8: [(4, 2)]}
+MESHES = {
+    1: [(1, 1, 1)],
+    2: [(2, 1, 1), (1, 2, 1), (1, 1, 2)],
+    3: [(3, 1, 1)],
+    4: [(2, 2, 1), (1, 4, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2)],
+    8: [(4, 2, 1), (2, 2, 2)],
+}
 STEPS = (1, 10, 40)
 
 
@@ -28,12 +34,12 @@ def main() -> None:
     torch.set_num_threads(1)
     comm = MPI.COMM_WORLD
     reference = train_small(MPI.COMM_SELF, 1, 1, max(STEPS), keep_weights=STEPS)
-    for data, pipe in MESHES[comm.size]:
-        run = train_small(comm, data, pipe, max(STEPS), keep_weights=STEPS)
+    for data, pipe, tensor in MESHES[comm.size]:
+        run = train_small(comm, data, pipe, max(STEPS), tensor=tensor, keep_weights=STEPS)
         for step in STEPS:
             sums = torch.zeros(2, dtype=torch.float64)
             for name, values in run.weights[step].items():
-                expected = reference.weights[step][name].double()
+                expected = reference.weights[step][name][run.shards[name].slices].double()
                 sums += torch.stack([(values.double() - expected).square().sum(), expected.square().sum()])
             difference, size = total(comm, sums.numpy())
             loss, norm = (
@@ -42,7 +48,7 @@ def main() -> None:
             )
             if comm.rank == 0:
                 cells = f"loss {loss:.1e}  gradient norm {norm:.1e}  weights {math.sqrt(difference / size):.1e}"
-                print(f"{data} data x {pipe} pipe  step {step:>2}  {cells}", flush=True)
+                print(f"{data} data x {pipe} pipe x {tensor} tensor  step {step:>2}  {cells}", flush=True)
 
 
 if __name__ == "__main__":

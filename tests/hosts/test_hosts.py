@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hosts import Hosts, obstacle
 from launching import begin, finish
-from tiny import processes_of
+from tiny import make_tiny, processes_of
 
 pytestmark = pytest.mark.hosts
 SECONDS = 30  # until a job must have ended
@@ -58,6 +58,17 @@ def test_training_over_hosts_gives_the_numbers_of_one_rank_and_shares_memory_ins
         assert found["why"] == "node: gradients and weights in shared memory, rings between nodes"
     else:
         assert found["why"] == "ring: messages between all replicas (no two replicas on one node)"
+
+
+def test_ranks_of_two_hosts_share_no_layers_unless_that_is_asked_for(hosts, tmp_path):
+    program = ("-m", "mpitrain", *make_tiny(tmp_path), "--train.max_steps", "2", "--mesh.tensor", "2")
+    done = finish(begin(hosts.command((1, 1), *program, "--out", "refused", cwd=tmp_path), tmp_path), LIMIT)
+    assert done.returncode == 64, done.stdout + done.stderr
+    assert "some of them on different nodes (of 1 ranks)" in done.stdout + done.stderr
+    asked = (*program, "--mesh.tensor_across_nodes", "true", "--out", "asked")
+    done = finish(begin(hosts.command((1, 1), *asked, cwd=tmp_path), tmp_path), LIMIT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 data x 1 pipe x 2 tensor, tensor groups send messages" in done.stdout
 
 
 def test_the_benchmark_runs_over_hosts_and_counts_them(hosts, tmp_path):
