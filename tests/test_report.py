@@ -34,11 +34,13 @@ def train(problem, ranks: int, out: str, *flags: str):
         (2, ["--mesh.pipe", "2", "--pipeline.schedule", "zb-v"], 2 * 2 * 3),
         (3, ["--mesh.data", "3"], 2),
         (4, ["--mesh.pipe", "2", "--pipeline.schedule", "1f1b"], 2 * 2),
+        (4, ["--mesh.pipe", "2", "--mesh.tensor", "2"], 2 * 2 * 2),
     ],
 )
 def test_a_run_leaves_the_trace_of_the_steps_asked_for_and_a_report_of_it(problem, ranks, flags, passes):
-    done, file = train(problem, ranks, f"traced-{ranks}", "--trace", "3", "--train.max_steps", "6", *flags)
-    assert f"open it at https://ui.perfetto.dev, or: python -m mpitrain report traced-{ranks}" in done.stdout
+    out = f"traced-{ranks}-{len(flags)}-{flags[-1]}"
+    done, file = train(problem, ranks, out, "--trace", "3", "--train.max_steps", "6", *flags)
+    assert f"open it at https://ui.perfetto.dev, or: python -m mpitrain report {out}" in done.stdout
     events = [event for event in json.loads(file.read_text())["traceEvents"] if event["ph"] == "X"]
     assert {event["args"]["step"] for event in events} == {3, 4, 5}
     assert {event["pid"] for event in events} == set(range(ranks))
@@ -52,11 +54,12 @@ def test_a_run_leaves_the_trace_of_the_steps_asked_for_and_a_report_of_it(proble
     for rank in range(ranks):
         spans = sorted((event["ts"], event["dur"]) for event in events if event["pid"] == rank and event["tid"] == 0)
         assert all(a + long <= b + 1 for (a, long), (b, _) in pairwise(spans)), "one at a time"
-    shown = mpitrain(1, "report", f"traced-{ranks}", cwd=problem[0])
+    shown = mpitrain(1, "report", out, cwd=problem[0])
     assert shown.returncode == 0, shown.stderr
     rows = [line.split() for line in shown.stdout.splitlines() if line.strip()[:1].isdigit()]
-    stages = 1 if "--mesh.data" in flags else 2
-    assert [row[:2] for row in rows] == [[str(step), str(r)] for step in (3, 4, 5) for r in range(ranks // stages)]
+    in_a_replica = 1 if "--mesh.data" in flags else 4 if "--mesh.tensor" in flags else 2
+    replicas = range(ranks // in_a_replica)
+    assert [row[:2] for row in rows] == [[str(step), str(replica)] for step in (3, 4, 5) for replica in replicas]
     assert (file.parent / "timeline.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (file.parent / "timeline.svg").read_text()
     found, crowded = read_steps(file)

@@ -59,6 +59,13 @@ def balanced(comm, monkeypatch, pipe: int, *flags: str) -> tuple[list[float], li
     return loads, [float(word) for word in said.split(" / ")]
 
 
+def test_a_stage_is_as_slow_as_the_slowest_of_its_ranks():
+    # One replica of two stages of two ranks each, two blocks.
+    pace = weigh.pace_of([[1.0, 2.0], [1.0, 3.0], [4.0, 4.0], [2.0, 2.0]], 2, 2)
+    assert pace.seconds == [2.5, 3.5]
+    assert pace.speeds == pytest.approx([6 / 4, 6 / 8])
+
+
 @pytest.mark.mpi(min_size=2)
 def test_a_slow_stage_gets_less_and_one_slow_replica_makes_it_slow(comm, monkeypatch):
     pipe = 2 if comm.size % 2 == 0 else comm.size
