@@ -114,8 +114,8 @@ def arrange(
     if need.least > room.num_bytes:
         raise UsageError(
             f"mesh: {arrangement.shape}: weights, gradients and optimizer state take {gib(need.least)} of a rank, "
-            f"which has {gib(room.num_bytes)}; more ranks that share the model (--mesh.pipe, "
-            "--mesh.tensor), or fewer on each node, would work"
+            f"which has {gib(room.num_bytes)}; more --mesh.pipe or --mesh.tensor, or fewer ranks on each "
+            "node, would work"
         )
     return arrangement
 
@@ -139,7 +139,8 @@ def _choices(
         yield max(1, groups // max(1, pipe)), max(1, pipe), tensor or 1
     else:
         for size in [tensor] if tensor else _tensor_choices(num_ranks, config, card, room):
-            choices = mesh_choices(num_ranks // size, card.num_hidden_layers // num_chunks, config.train.micro_batches)
+            groups, num_layers = max(1, num_ranks // size), card.num_hidden_layers // num_chunks
+            choices = mesh_choices(groups, num_layers, config.train.micro_batches)
             yield from ((*shape, size) for shape in choices)
 
 

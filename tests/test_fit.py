@@ -69,12 +69,14 @@ def test_a_model_that_no_mesh_has_room_for_is_refused_with_the_arithmetic():
         (["--mesh.tensor", "3"], r"the model has 4; 1, 2, 4 would work"),
         (["--mesh.tensor", "8"], r"the model has 4; 1, 2, 4 would work"),
         (["--mesh.tensor", "2", "--train.reproducible", "true"], "use --mesh.tensor 1"),
+        (["--mesh.tensor", "16"], "1 data x 1 pipe x 16 tensor = 16, but there are 8 ranks; tensor must divide them"),
         (["--mesh.tensor", "2", "--mesh.data", "8"], "8 data x 1 pipe x 2 tensor = 16, but there are 8 ranks; with 2"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(flags, problem):
+    card = CARD.model_copy(update={"num_attention_heads": 16}) if "16" in flags else CARD
     with pytest.raises(UsageError, match=problem):
-        arranged(8, *flags)
+        arranged(8, *flags, card=card, nodes=[0] * 8)
 
 
 def test_reproducible_sums_never_share_layers():
