@@ -98,13 +98,14 @@ def arrange(
         UsageError: mesh, layers and schedule do not fit each other, the ranks, the model or the memory.
     """
     found: list[tuple[Need, Arrangement]] = []
-    for shape in _choices(num_ranks, config, card, table, pipe, room):
+    for shape in dict.fromkeys(_choices(num_ranks, config, card, table, pipe, room)):
         check_tensor(shape[2], config, card, room)
         check_shape(num_ranks, *shape)
         arrangement = _arranged(shape, config, card, num_labels, table)
         if room is None or pipe is not None:
             return arrangement
-        need = need_of(card, config, num_labels, arrangement.stages, shape[0], shape[2], length)
+        stages, schedule = arrangement.stages, arrangement.schedule
+        need = need_of(card, config, num_labels, stages, schedule, shape[0], shape[2], length)
         arrangement = replace(arrangement, need=need)
         if need.expected <= room.num_bytes:
             return arrangement
@@ -114,8 +115,8 @@ def arrange(
     if need.least > room.num_bytes:
         raise UsageError(
             f"mesh: {arrangement.shape}: weights, gradients and optimizer state take {gib(need.least)} of a rank, "
-            f"which has {gib(room.num_bytes)}; more --mesh.pipe or --mesh.tensor, or fewer ranks on each "
-            "node, would work"
+            f"which may use {gib(room.num_bytes)}; more nodes, fewer ranks on each, or more --mesh.pipe or "
+            "--mesh.tensor where these were given, would work"
         )
     return arrangement
 

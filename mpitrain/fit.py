@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -13,6 +14,7 @@ from mpitrain.config import Config
 from mpitrain.model.bert import BertStage, num_blocks
 from mpitrain.model.card import ModelCard
 from mpitrain.model.tensor_parallel import Alone
+from mpitrain.pipeline.schedule import Instruction, Kind, Schedule
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 GRADIENT, MOMENTS, MASTER = 4, 8, 4  # bytes of a parameter
@@ -80,6 +82,12 @@ def activation_bytes(card: ModelCard, config: Config, num_tokens: float, length:
     return num_tokens * (2 * hidden * itemsize + shared / tensor)
 
 
+def most_kept(order: Iterable[Instruction]) -> int:
+    """Passes through a chunk whose activations a stage keeps at a time, at most."""
+    ends = (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)
+    return max(accumulate((step.kind is Kind.FORWARD) - (step.kind in ends) for step in order), default=0)
+
+
 @dataclass(frozen=True)
 class Need:
     """Bytes of the fullest rank.
@@ -98,6 +106,7 @@ def need_of(
     config: Config,
     num_labels: int,
     stages: Sequence[Sequence[tuple[int, int]]],
+    schedule: Schedule,
     data: int,
     tensor: int,
     length: float,
@@ -106,9 +115,10 @@ def need_of(
 
     Args:
         card: the model.
-        config: micro-batches, precision, recomputation, schedule.
+        config: micro-batches, precision, recomputation.
         num_labels: of the head.
         stages: chunks of blocks of each stage.
+        schedule: of the stages.
         data: replicas.
         tensor: ranks of a stage.
         length: of a typical sequence in tokens.
@@ -118,9 +128,9 @@ def need_of(
     num_tokens = UNEVEN * length * options.batch_size / options.micro_batches
     of_a_layer = activation_bytes(card, config, num_tokens, length, tensor)
     num_mine = -(-options.micro_batches // data)
-    kept = num_mine if config.pipeline.schedule == "gpipe" else min(num_mine, len(stages))
     least = expected = 0
-    for chunks in stages:
+    for stage, chunks in enumerate(stages):
+        kept = most_kept(schedule.order(stage, num_mine)) / len(chunks)
         blocks = [block for first, last in chunks for block in range(first, last)]
         num_parameters = sum(sizes[block] for block in blocks)
         least = max(least, state_bytes(num_parameters, data, options.precision, sharing=data))

@@ -59,7 +59,6 @@ class ShardedAdamW:
 
     def __init__(self, buckets: Sequence[Bucket], options: Train, *, first: bool = True) -> None:
         """Update what this rank owns of buckets that have their memory; `first` of its tensor group, or another."""
-        self._buckets = buckets
         self._counted = [bucket for bucket in buckets if first or not bucket.shared]
         self._owned = [_Owned.of(piece) for bucket in buckets for piece in bucket.pieces]
         self._options = options
@@ -122,7 +121,7 @@ class ShardedAdamW:
             if once and piece.name not in counted:
                 continue
             for kind, values in zip(KINDS, (piece.master, owned.exp_avg, owned.exp_avg_sq), strict=True):
-                yield owned.piece.member.slice(kind, owned.piece.start, values)
+                yield piece.member.slice(kind, piece.start, values)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     """Choose what was left open of the mesh and say what was chosen (collective).
 
     Args:
-        pipe: number of stages if neither axis is given, instead of the rule for training.
+        pipe: number of stages if no axis is given, instead of the rule for training.
     """
     device = choose_device(comm, config.train.device)
     if device.type == "cpu":
@@ -175,7 +175,7 @@ def build_stage(config: Config, problem: Problem, place: Place) -> tuple[BertSta
     stage = BertStage(problem.card, len(problem.label_names), place.chunks, config.train.recompute, place.group)
     initialize(stage, problem.card, config.train.seed)
     if problem.pretrained is not None:
-        names = [name for name, _ in stage.named_parameters()]
-        load_weights(stage, problem.pretrained.weights(names))
+        for name in stage.shards:  # one by one: there may be no room for all of them whole
+            load_weights(stage, problem.pretrained.weights([name]))
     stage.to(place.transport.device)
     return stage, Executor(stage, place.mesh, place.transport, place.arrangement.schedule)

@@ -1,6 +1,7 @@
 """`mpitrain plan`: which stage would hold what, how long it would idle and how much it would keep, before any run.
 
 Times are estimates from the number of operations of each block; on one machine they are in proportion to real ones.
+Nothing is known of the job's memory: a run for which it is short takes another mesh, unless one is asked for.
 """
 
 from __future__ import annotations

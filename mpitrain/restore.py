@@ -10,11 +10,10 @@ import torch
 
 from mpitrain.checkpoint.load import fill, verify
 from mpitrain.checkpoint.manifest import Manifest, committed, find_checkpoint
-from mpitrain.comm.buckets import StateSlice
+from mpitrain.comm.buckets import Member, StateSlice
 from mpitrain.config import Config
 from mpitrain.errors import CheckpointError, on_all_ranks
 from mpitrain.model.bert import BertStage, parameter_shapes
-from mpitrain.model.initial import load_weights
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.executor import Executor
 from mpitrain.pipeline.schedule import SCHEDULES
@@ -101,7 +100,12 @@ def restore_stage(comm: Comm, config: Config, trained: Trained, console: Console
     say_stages(console, place, problem.card)
     console.say("computes", f"in {config.train.precision}; trained in {trained.numerics['precision']}")
     stage = BertStage(problem.card, len(problem.label_names), place.chunks, group=place.group)
-    names = [name for name, _ in stage.named_parameters()]
-    load_weights(stage, restore_weights(place.mesh.world, trained, names))
+    slices = [
+        Member(name, parameter, 0, parameter.numel(), stage.shards[name]).slice(
+            "weight", 0, parameter.detach().view(-1)
+        )
+        for name, parameter in stage.named_parameters()
+    ]
+    fill(place.mesh.world, trained.directory, trained.manifest, slices)
     stage.to(place.transport.device, DTYPES[config.train.precision])
     return place, Executor(stage, place.mesh, place.transport, place.arrangement.schedule)

@@ -17,14 +17,15 @@ from mpitrain.config import Config
 from mpitrain.dataset.batches import TrainPlan
 from mpitrain.dataset.loader import Split, open_split
 from mpitrain.dataset.sequences import Sequences
-from mpitrain.errors import DataError, on_all_ranks
+from mpitrain.errors import DataError, UsageError, on_all_ranks
 from mpitrain.files import user_path
 from mpitrain.observe.console import Console
 from mpitrain.observe.record import RunDirectory, new_run_directory
 from mpitrain.optim import ShardedAdamW
 from mpitrain.place import DTYPES, Place, build_stage, find_place, say_stages
 from mpitrain.problem import Problem, find_problem
-from mpitrain.runtime.agree import Comm, attempt, share
+from mpitrain.runtime.agree import Comm, any_rank, attempt, share
+from mpitrain.runtime.device import place_on_node
 from mpitrain.runtime.launch import StopRequest
 from mpitrain.step import Stepper
 from mpitrain.weigh import balance
@@ -85,13 +86,22 @@ def build_stepper(
     mesh, transport = place.mesh, place.transport
     num_bytes = int(config.comm.bucket_mib * 2**20)
     buckets = fill_buckets(stage, num_bytes, stage.tables, stage.stacks, stage.shards, stage.shared)
+    algorithm = config.comm.algorithm
+    if any_rank(mesh.world, place_on_node(mesh.tensor_axis)[1] < mesh.num_tensor):
+        # What a tensor group shares is summed by each of its ranks with its own replicas. Those may lie on the nodes in
+        # other ways, and then sums inside nodes come in other orders: their bits would drift apart.
+        if algorithm == "node":
+            raise on_all_ranks(
+                UsageError("--comm.algorithm node: not with tensor groups across nodes; ring would work")
+            )
+        algorithm = "ring" if algorithm == "auto" else algorithm
     exchange, why = choose_exchange(
         mesh.world,
         mesh.data_axis,
         transport,
         buckets,
         DTYPES[config.train.precision],
-        algorithm=config.comm.algorithm,
+        algorithm=algorithm,
         wire_dtype=torch.bfloat16 if config.comm.wire_dtype == "bf16" else None,
         error_feedback=config.comm.error_feedback,
         reproducible=config.train.reproducible,

@@ -49,7 +49,7 @@ class Mesh(Section):
     tensor: Axis = None
     """ranks that share each layer of a stage: its attention heads, columns of the MLP, word pieces"""
     tensor_across_nodes: bool = False
-    """let ranks on different nodes share layers, which sends four messages a layer and micro-batch"""
+    """let ranks on different nodes share layers, with eight exchanges a layer and micro-batch"""
 
 
 class Pipeline(Section):

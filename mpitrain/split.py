@@ -45,6 +45,11 @@ class Shard:
         return cls(shape, 0, 0, shape[0])
 
     @property
+    def is_whole(self) -> bool:
+        """Whether nothing is cut off."""
+        return self.stop - self.start == self.shape[self.dim]
+
+    @property
     def own_shape(self) -> tuple[int, ...]:
         """Of the rank's own part."""
         return *self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :]
@@ -57,7 +62,7 @@ class Shard:
     @property
     def columns(self) -> tuple[int, int] | None:
         """[first, last) if some columns are held of all rows, else None."""
-        return (self.start, self.stop) if self.dim else None
+        return (self.start, self.stop) if self.dim and not self.is_whole else None
 
     @property
     def offset(self) -> int:

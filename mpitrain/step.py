@@ -113,7 +113,7 @@ class Stepper:
             loss_scale=self.loss_scale.value,
             after_backward=self.reducer.end_micro_batch,
         )
-        computed = time.perf_counter()
+        computed, exchanged = time.perf_counter(), group.seconds - exchanged
         self.reducer.finish()
         self._record("wait for reduce", computed)
         reduced = time.perf_counter()
@@ -127,7 +127,7 @@ class Stepper:
         seconds = {
             "forward_backward": computed - began - self.executor.seconds_waited,
             "pipeline_wait": self.executor.seconds_waited,
-            "tensor": group.seconds - exchanged,
+            "tensor": exchanged,
             "reduce": reduced - computed,
             "reduce_hidden": max(0.0, self.reducer.seconds - (reduced - computed)),
             "update": time.perf_counter() - reduced,
@@ -146,8 +146,8 @@ class Stepper:
         mine = self.exchange.take_wire_errors()
         if not mine:
             return []
-        sums = total(self.mesh.data_axis, np.array(mine)).tolist()
-        relative = [math.sqrt(lost / square) if square else 0.0 for lost, square in sums]
+        sums = total(self.mesh.tensor_axis, total(self.mesh.data_axis, np.array(mine)))
+        relative = [math.sqrt(lost / square) if square else 0.0 for lost, square in sums.tolist()]
         return collect(self.mesh.pipe_axis, relative)
 
     def _exact_squares(self) -> float:

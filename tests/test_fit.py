@@ -10,8 +10,9 @@ from small import small_card
 from mpitrain import config
 from mpitrain.arrange import arrange
 from mpitrain.errors import UsageError
-from mpitrain.fit import Room, block_sizes, need_of, state_bytes
+from mpitrain.fit import Room, block_sizes, most_kept, need_of, state_bytes
 from mpitrain.model.bert import parameter_shapes
+from mpitrain.pipeline.schedule import SCHEDULES
 from mpitrain.runtime.memory import group_limits
 
 CARD = small_card(hidden_size=64, num_hidden_layers=16, num_attention_heads=4, intermediate_size=256, vocab_size=500)
@@ -29,7 +30,7 @@ def need(data: int, pipe: int, tensor: int, *flags: str) -> int:
     settings = config.load(flags)
     shape = ("--mesh.data", str(data), "--mesh.pipe", str(pipe), "--mesh.tensor", str(tensor))
     found = arrange(data * pipe * tensor, config.load([*shape, *flags]), CARD, 9)
-    return need_of(CARD, settings, 9, found.stages, data, tensor, 20.0).expected
+    return need_of(CARD, settings, 9, found.stages, found.schedule, data, tensor, 20.0).expected
 
 
 def test_the_less_memory_there_is_the_more_stages_and_then_shared_layers():
@@ -59,7 +60,9 @@ def test_what_was_asked_for_is_not_changed_for_want_of_room():
 
 
 def test_a_model_that_no_mesh_has_room_for_is_refused_with_the_arithmetic():
-    with pytest.raises(UsageError, match=r"mesh: 1 data x 1 pipe: .* take 0.\d+ GiB of a rank, which has 0.000977 GiB"):
+    with pytest.raises(
+        UsageError, match=r"mesh: 1 data x 1 pipe: .* take 0.\d+ GiB of a rank, which may use 0.000977 GiB"
+    ):
         arranged(1, num_bytes=1 << 20)
 
 
@@ -96,6 +99,11 @@ def test_state_is_sixteen_bytes_a_parameter_alone_and_eight_for_endless_replicas
     assert state_bytes(count, 1, "fp32") == state_bytes(count, 1, "bf16") + 2 * count - 4 * count == 16 * count
     assert state_bytes(count, data, "fp32") == 8 * count + 8 * count // data
     assert state_bytes(count, 1, "fp32", sharing=2) == 14 * count
+
+
+@pytest.mark.parametrize(("name", "kept"), [("gpipe", 8), ("1f1b", 4), ("interleaved", 11), ("zb-h1", 4), ("zb-v", 8)])
+def test_the_first_of_four_stages_keeps_as_many_passes_as_its_schedule_says(name, kept):
+    assert most_kept(SCHEDULES[name](4, 2).order(0, 8)) == kept
 
 
 @pytest.mark.parametrize("flag", ["--train.recompute", "--train.precision", "--train.micro_batches"])

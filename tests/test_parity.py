@@ -79,6 +79,14 @@ def test_ranks_that_share_layers_give_the_numbers_of_one_rank(comm, hosts):
 
 
 @pytest.mark.mpi(min_size=4, max_size=4)
+@pytest.mark.parametrize("algorithm", ["ring", "native"])  # of which a ring runs beside the backward pass
+def test_what_ranks_share_is_summed_by_them_before_their_replicas_do(comm, algorithm):
+    reference = one_rank(10)
+    run = train_small(comm, 2, 1, 10, tensor=2, algorithm=algorithm, keep_weights=AT)
+    assert_equal_runs(run, reference, 1e-5)
+
+
+@pytest.mark.mpi(min_size=4, max_size=4)
 @pytest.mark.parametrize("recompute", ["none", "attention", "block"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_ranks_that_share_layers_give_the_same_numbers_by_any_schedule(comm, schedule, recompute):

@@ -20,7 +20,7 @@ import torch
 from mpi4py import MPI
 
 from mpitrain.comm.buffers import Transport
-from mpitrain.comm.window import HEADROOM, Flags, free_shared_memory
+from mpitrain.comm.window import HEADROOM, PAGE, Flags, free_shared_memory
 from mpitrain.runtime.agree import Comm, collect
 from mpitrain.runtime.device import place_on_node
 from mpitrain.split import part
@@ -55,7 +55,7 @@ class TensorGroup(ABC):
     way: str
 
     def __init__(self, axis: Comm, transport: Transport) -> None:
-        """A group of the ranks of `axis`, which is not used itself."""
+        """A group of the ranks of `axis`."""
         self.rank, self.size = axis.rank, axis.size
         self.seconds = 0.0
         self._transport = transport
@@ -150,6 +150,8 @@ class MemoryGroup(TensorGroup):
         self._slabs = torch.frombuffer(everything, dtype=torch.uint8)[flags:].view(self.size, 2, SLAB)
         self._slabs[self.rank].zero_()  # by its owner, so that the pages lie in this rank's memory domain
         self._places = [[half.data_ptr() for half in slab] for slab in self._slabs]
+        # MPI need not go on with what was sent to other stages unless it is called, and they may wait for that.
+        self._progress = axis.Iprobe
         self._half = 0
         self._views = lru_cache(maxsize=1024)(self._view)
         axis.Barrier()
@@ -163,7 +165,7 @@ class MemoryGroup(TensorGroup):
             memmove(self._places[self.rank][half], source + first * itemsize, count * itemsize)
             self._flags.rise(0)
             memmove(target + start * itemsize, source + first * itemsize, count * itemsize)
-            self._flags.wait_for(0, self._transport)
+            self._flags.wait_for(0, self._transport, self._progress)
             for rank in self._others:
                 num_bytes = _count(bounds[rank], first, step) * itemsize
                 memmove(target + (bounds[rank][0] + first) * itemsize, self._places[rank][half], num_bytes)
@@ -178,7 +180,7 @@ class MemoryGroup(TensorGroup):
                 num_bytes = _count(bounds[rank], first, step) * itemsize
                 memmove(place, source + (bounds[rank][0] + first) * itemsize, num_bytes)
             self._flags.rise(0)
-            self._flags.wait_for(0, self._transport)
+            self._flags.wait_for(0, self._transport, self._progress)
             start, count = bounds[self.rank][0] + first, _count(bounds[self.rank], first, step)
             parts = [self._views(rank, half, own.dtype, step, count) for rank in range(self.size)]
             parts[self.rank] = partial.view(-1)[start : start + count]
@@ -214,10 +216,13 @@ def add_up(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
 
 def open_group(world: Comm, axis: Comm, transport: Transport) -> TensorGroup:
     """The group of the ranks of `axis`, in shared memory if it has room for all groups (collective over `world`)."""
+    if axis.size == 1:
+        return MessageGroup(axis, transport)
     host = axis.Split_type(MPI.COMM_TYPE_SHARED)
     together = host.size == axis.size and transport.device.type == "cpu"
     host.Free()
-    free, needed = free_shared_memory(), (2 * SLAB + 4096) * place_on_node(world)[1]
+    free = free_shared_memory()  # before anybody takes any: the next call waits for all
+    needed = (2 * SLAB + PAGE) * place_on_node(world)[1]
     has_room = free is None or needed + HEADROOM <= free
-    shares = axis.size > 1 and all(collect(axis, together and has_room))
+    shares = all(collect(axis, together and has_room))
     return MemoryGroup(axis, transport) if shares else MessageGroup(axis, transport)

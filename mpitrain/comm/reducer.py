@@ -60,7 +60,8 @@ class GradientReducer:
     def start_step(self, num_micro_batches: int) -> None:
         """Forget the last step's gradients; each is final once so many have arrived."""
         self._begin()
-        self._missing = [len(bucket.members) * num_micro_batches for bucket in self._exchange.buckets]
+        # One more for shared ones, which `finish` sums over the tensor group first.
+        self._missing = [len(bucket.members) * num_micro_batches + bucket.shared for bucket in self._exchange.buckets]
         self._num_released = 0
         self.seconds = 0.0
 
@@ -78,10 +79,11 @@ class GradientReducer:
             for bucket, total in zip(self._exchange.buckets, self._tree.take() or [], strict=False):
                 bucket.complete()
                 bucket.gradients.copy_(total)
-        for bucket in self._exchange.buckets:
-            if bucket.shared:
-                bucket.complete()
-                self._sum_shared(bucket.gradients)
+        shared = [bucket for bucket in self._exchange.buckets if bucket.shared]  # the last one, if any
+        self._release(len(self._exchange.buckets) - len(shared))
+        for bucket in shared:
+            bucket.complete()
+            self._sum_shared(bucket.gradients)
         self._release(len(self._exchange.buckets))
         for _ in self._exchange.buckets:
             error = self._done.get()

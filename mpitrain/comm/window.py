@@ -112,7 +112,7 @@ class Flags:
         self._window.Sync()  # what was written before is seen by whoever sees the flag
         self._kinds[kind][self._rank] += 1
 
-    def wait_for(self, kind: int, transport: Transport, meanwhile: Callable[[], object] | None = None) -> None:
+    def wait_for(self, kind: int, transport: Transport, meanwhile: Callable[[], object] | None) -> None:
         """Return once every rank of the node has come as far as this one.
 
         Args:

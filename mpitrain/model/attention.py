@@ -111,7 +111,9 @@ def packed_attention(
     padding = layout.padded(num_heads, num_all_heads)
 
     def draw(weights: Tensor) -> tuple[Tensor, float] | None:
-        region = padding.region(num_heads, first_head, num_all_heads)
-        return dropout.mask(weights, probability, site, region) if dropout is not None else None
+        if dropout is None:
+            return None
+        region = padding.region(num_heads, first_head, num_all_heads) if num_heads < num_all_heads else None
+        return dropout.mask(weights, probability, site, region)
 
     return _attention(projected, padding, num_heads, draw)

@@ -23,7 +23,6 @@ from mpitrain.model.layout import PackedLayout
 from mpitrain.model.linear import linear, linear_gelu, stacked_linear
 from mpitrain.model.tensor_parallel import Alone, Group, gather, own_rows, region, scatter
 from mpitrain.model.weights import Weights
-from mpitrain.split import Shard
 
 IGNORED_LABEL = -100
 # Of x, weight and bias to the activation of the linear layer.
@@ -158,6 +157,9 @@ class BertStage(nn.Module):
         )
         if self.has_head:
             self.classifier = Weights(num_labels, card.hidden_size)
+        maps = ((prefix, each) for prefix, each in self.named_modules() if isinstance(each, Weights))
+        # Which part of each parameter this is, by name.
+        self.shards = {f"{prefix}.{name}": shard for prefix, each in maps for name, shard in each.shards.items()}
 
     def forward(
         self, inputs: Tensor, layout: PackedLayout, dropout: KeyedDropout | None = None, chunk: int = 0
@@ -208,15 +210,9 @@ class BertStage(nn.Module):
         return entering.stop - entering.start, leaving.stop - leaving.start
 
     @property
-    def shards(self) -> dict[str, Shard]:
-        """Which part of each parameter this is, by name."""
-        maps = ((prefix, each) for prefix, each in self.named_modules() if isinstance(each, Weights))
-        return {f"{prefix}.{name}": shard for prefix, each in maps for name, shard in each.shards.items()}
-
-    @property
     def shared(self) -> list[str]:
         """Names of parameters that all ranks of the group have, each with gradients of its own rows."""
-        return [name for name, shard in self.shards.items() if self.group.size > 1 and shard.own_shape == shard.shape]
+        return [name for name, shard in self.shards.items() if self.group.size > 1 and shard.is_whole]
 
     @property
     def tables(self) -> list[str]:
@@ -254,7 +250,7 @@ def token_loss(logits: Tensor, labels: Tensor, num_labelled: int) -> Tensor:
 
     Args:
         logits: [num_wanted, num_labels], any floating dtype.
-        labels: int64 [num_wanted], -100 where there is none.
+        labels: int64 [num_wanted], or the own rows of that as logits are, -100 where there is none.
         num_labelled: labelled tokens in the whole batch.
 
     Returns:

@@ -45,6 +45,8 @@ class Embeddings(nn.Module):
     def _look_up(self, tokens: Tensor) -> Tensor:
         """[num_tokens, hidden_size], zero for word pieces that others have."""
         shard = self.word_embeddings.shards["weight"]
+        if shard.is_whole:
+            return F.embedding(tokens, self.word_embeddings.weight, sparse=True)
         here = ((tokens >= shard.start) & (tokens < shard.stop)).nonzero().squeeze(1)
         found = F.embedding(tokens[here] - shard.start, self.word_embeddings.weight, sparse=True)
         return found.new_zeros(len(tokens), found.shape[1]).index_copy(0, here, found)

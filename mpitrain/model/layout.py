@@ -27,7 +27,7 @@ GROUP_WORTH = {"cpu": 1 << 15, "cuda": 1 << 23}
 LENGTH_UNIT = 4
 
 
-class Group(NamedTuple):
+class Bin(NamedTuple):
     """Sequences that are padded to `length`.
 
     Attributes:
@@ -58,7 +58,7 @@ class Padding(NamedTuple):
         context_slots: int64 [num_tokens * num_heads], the same for one buffer and rows of [num_tokens, num_heads].
     """
 
-    groups: list[Group]
+    groups: list[Bin]
     sources: Tensor
     slots: Tensor
     context_slots: Tensor
@@ -141,7 +141,7 @@ class PackedLayout:
             queries.append((tokens * 3 * num_heads + np.arange(num_heads)[:, None, None]).reshape(-1))
             filled.append(np.tile((places < lengths).reshape(-1), num_heads))
             mask = (places >= lengths)[:, None, descending[stop - 1] :]
-            groups.append(Group(len(places), filled[-1].size, self._tensor(mask) if mask.any() else None))
+            groups.append(Bin(len(places), filled[-1].size, self._tensor(mask) if mask.any() else None))
         sources = np.concatenate(queries) + num_heads * np.arange(3)[:, None]
         rows = np.flatnonzero(np.tile(np.concatenate(filled), 3))
         slots = np.empty(self.num_tokens * 3 * num_heads, np.int64)

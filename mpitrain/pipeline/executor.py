@@ -38,7 +38,7 @@ class MicroBatch:
     Attributes:
         layout: lengths of its packed sequences, and which tokens are wanted.
         tokens: int64 [num_tokens], on the stage that has the embeddings.
-        labels: int64 [num_wanted], -100 where ignored, on the stage that has the head.
+        labels: int64 [own rows of num_wanted], -100 where ignored, on the stage that has the head.
         dropout: keyed random numbers, None in evaluation.
     """
 

@@ -10,21 +10,23 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from mpi4py import MPI
 
 from mpitrain.runtime.agree import Comm, collect
-from mpitrain.runtime.device import place_on_node
 
 CGROUPS = Path("/sys/fs/cgroup")
 
 
 def least_memory(comm: Comm, device: torch.device) -> int:
     """Bytes that each rank of the job has at least (collective)."""
-    per_node = place_on_node(comm)[1]
-    if device.type == "cuda":
-        per_device = -(-per_node // torch.cuda.device_count())
-        mine = torch.cuda.get_device_properties(device).total_memory // per_device
+    if device.type == "cuda":  # each rank may see a GPU of its own as the first one
+        properties = torch.cuda.get_device_properties(device)
+        holder, size = str(properties.uuid), properties.total_memory
     else:
-        mine = node_memory() // per_node
+        holder, size = "", node_memory()
+    node = Comm(comm.Split_type(MPI.COMM_TYPE_SHARED))
+    mine = size // collect(node, holder).count(holder)
+    node.Free()
     return int(min(collect(comm, mine)))
 
 

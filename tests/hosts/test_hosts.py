@@ -65,7 +65,11 @@ def test_ranks_of_two_hosts_share_no_layers_unless_that_is_asked_for(hosts, tmp_
     done = finish(begin(hosts.command((1, 1), *program, "--out", "refused", cwd=tmp_path), tmp_path), LIMIT)
     assert done.returncode == 64, done.stdout + done.stderr
     assert "some of them on different nodes (of 1 ranks)" in done.stdout + done.stderr
-    asked = (*program, "--mesh.tensor_across_nodes", "true", "--out", "asked")
+    across = (*program, "--mesh.tensor_across_nodes", "true")
+    by_node = (*across, "--comm.algorithm", "node", "--out", "by-node")
+    done = finish(begin(hosts.command((1, 1), *by_node, cwd=tmp_path), tmp_path), LIMIT)
+    assert done.returncode == 64 and "ring would work" in done.stdout + done.stderr
+    asked = (*across, "--out", "asked")
     done = finish(begin(hosts.command((1, 1), *asked, cwd=tmp_path), tmp_path), LIMIT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 data x 1 pipe x 2 tensor, tensor groups send messages" in done.stdout
