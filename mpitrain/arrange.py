@@ -20,6 +20,7 @@ from mpitrain.pipeline.table import num_rows, read_schedule, read_text
 from mpitrain.runtime.mesh import check_shape
 from mpitrain.split import part
 
+NEARLY = 1.05  # as little memory: where programs alone are too large for a node, no mesh takes much less than another
 TYPICAL_LENGTH = 32.0  # tokens of a sentence, for the cost of attention in the split of layers over stages
 Blocks = tuple[int, int]  # [first, last)
 
@@ -82,7 +83,7 @@ def arrange(
     """What was asked for, and choices where nothing was.
 
     Where no axis is given the mesh is the first of `mesh_choices` that has room for training; where none has, ranks
-    share layers, as few as will do, on one node.
+    share layers, as few as will do, on one node; where that does not help, it is one that takes the least.
 
     Args:
         num_ranks: of the job.
@@ -111,7 +112,8 @@ def arrange(
             return arrangement
         found.append((need, arrangement))
     assert room is not None
-    need, arrangement = min(found, key=lambda each: each[0].expected)
+    lowest = min(need.expected for need, _ in found)
+    need, arrangement = next(each for each in found if each[0].expected <= NEARLY * lowest)
     if need.least > room.num_bytes:
         raise UsageError(
             f"mesh: {arrangement.shape}: weights, gradients and optimizer state take {gib(need.least)} of a rank, "

@@ -53,6 +53,11 @@ def test_layers_are_not_shared_across_nodes_unless_that_is_asked_for(nodes):
     assert arranged(8, "--mesh.tensor", "2", "--mesh.tensor_across_nodes", "true", nodes=nodes) == (4, 1, 2)
 
 
+def test_where_not_even_the_program_has_room_the_mesh_is_the_usual_one():
+    tiny = small_card()
+    assert arranged(8, num_bytes=1 << 28, card=tiny) == arranged(8, card=tiny) == (4, 2, 1)
+
+
 def test_what_was_asked_for_is_not_changed_for_want_of_room():
     tight = need(2, 4, 1) - 1
     assert arranged(8, "--mesh.pipe", "2", num_bytes=tight) == (4, 2, 1)
