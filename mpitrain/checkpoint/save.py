@@ -100,8 +100,7 @@ def _write_slices(path: Path, slices: list[StateSlice]) -> tuple[dict[str, Any],
         for piece in slices:
             values = piece.values.detach().cpu().numpy()
             dataset = file.create_dataset(f"{piece.kind}/{piece.name}", data=values, dtype=np.float32)
-            columns = piece.columns or (0, piece.shape[-1])
-            dataset.attrs.update(shape=piece.shape, start=piece.start, columns=columns)
+            dataset.attrs.update(shape=piece.shape, start=piece.start, columns=piece.columns or (0, piece.shape[-1]))
             where = {"start": piece.start, "stop": piece.stop, "columns": piece.columns}
             pieces.append(Piece(kind=piece.kind, name=piece.name, **where))
     return {path.name: _entry(path, pieces)}, {piece.name: list(piece.shape) for piece in slices}

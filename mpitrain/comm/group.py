@@ -28,7 +28,6 @@ from mpitrain.split import part
 SLAB = 1 << 20  # bytes of a round, few enough to stay in caches until they are read
 TAG = 11
 
-
 Bounds = Sequence[tuple[int, int]]
 
 

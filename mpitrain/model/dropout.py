@@ -59,7 +59,7 @@ class KeyedDropout:
             x: any shape, floating.
             probability: of dropping an element, in [0, 1); None is returned if it is 0.
             site: number of the place in the network, unique in the whole model.
-            region: which elements of a larger tensor, whose mask has no part in who computes what, `x` holds.
+            region: which elements of a whole `x` holds, where others hold the rest; the whole has one mask.
         """
         dropped = min(round(probability * LEVELS), LEVELS - 1)
         if dropped == 0:

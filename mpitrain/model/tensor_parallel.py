@@ -99,8 +99,8 @@ def own_rows(num_rows: int, group: Group) -> slice:
 
 def region(num_rows: int, size: int, group: Group) -> Region:
     """The elements of the own rows among those of [num_rows, size]."""
-    start, stop = part(group.rank, num_rows, group.size)
-    return Region(num_rows * size, [(start * size, (stop - start) * size)])
+    own = own_rows(num_rows, group)
+    return Region(num_rows * size, [(own.start * size, (own.stop - own.start) * size)])
 
 
 def shard(shape: tuple[int, ...], dim: int, group: Group) -> Shard:

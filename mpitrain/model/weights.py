@@ -17,7 +17,7 @@ class Weights(nn.Module):
     Values are NaN until `initialize` or `load_weights` sets them, so that forgetting to shows at once.
 
     Attributes:
-        shards: of what is whole elsewhere, by name.
+        shards: which part of the whole model's weight and bias these are, by name.
     """
 
     weight: nn.Parameter
