@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from ctypes import memmove
 from functools import lru_cache
-from math import prod
 from time import perf_counter
 from typing import Any
 
@@ -32,14 +31,13 @@ Bounds = Sequence[tuple[int, int]]
 
 
 @lru_cache(maxsize=1024)
-def cut_rows(num_rows: int, width: int, size: int) -> Bounds:
-    """Bounds of each rank's elements among those of [num_rows, width]."""
-    cuts = (part(rank, num_rows, size) for rank in range(size))
-    return [(start * width, stop * width) for start, stop in cuts]
+def cut_rows(num_rows: int, size: int) -> Bounds:
+    """Bounds of each rank's rows."""
+    return [part(rank, num_rows, size) for rank in range(size)]
 
 
 def _count(bounds: tuple[int, int], first: int, step: int) -> int:
-    """Elements of a rank in the round that begins with its element `first`."""
+    """Rows of a rank in the round that begins with its row `first`."""
     return max(0, min(step, bounds[1] - bounds[0] - first))
 
 
@@ -63,27 +61,25 @@ class TensorGroup(ABC):
     def gather_rows(self, own: torch.Tensor, num_rows: int) -> torch.Tensor:
         """[own rows, n] of each rank to [num_rows, n]; rows are cut by `split.part`."""
         began = perf_counter()
-        whole = own.new_empty((num_rows, *own.shape[1:]))
-        self._gather(own.contiguous(), whole, cut_rows(num_rows, prod(own.shape[1:]), self.size))
+        whole = own.new_empty((num_rows, own.shape[1]))
+        self._gather(own.contiguous(), whole, cut_rows(num_rows, self.size))
         self.seconds += perf_counter() - began
         return whole
 
     def scatter_sum(self, partial: torch.Tensor) -> torch.Tensor:
         """[num_rows, n] of each rank to the own rows of their sum, added up in the order of ranks, rounded once."""
         began = perf_counter()
-        start, stop = part(self.rank, len(partial), self.size)
-        own = partial.new_empty((stop - start, *partial.shape[1:]))
-        self._scatter(partial.contiguous(), own, cut_rows(len(partial), prod(own.shape[1:]), self.size))
+        own = self._scatter(partial.contiguous(), cut_rows(len(partial), self.size))
         self.seconds += perf_counter() - began
         return own
 
     @abstractmethod
     def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: Bounds) -> None:
-        """Fill `whole`, in which rank i's elements have the i-th bounds; all tensors are contiguous."""
+        """Fill `whole`, in which rank i's rows have the i-th bounds; all tensors are contiguous."""
 
     @abstractmethod
-    def _scatter(self, partial: torch.Tensor, own: torch.Tensor, bounds: Bounds) -> None:
-        """Fill `own`."""
+    def _scatter(self, partial: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        """The own rows of the sum."""
 
     @abstractmethod
     def close(self) -> None:
@@ -101,27 +97,24 @@ class MessageGroup(TensorGroup):
         self._comm = Comm(axis.Dup())
 
     def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: Bounds) -> None:
-        own, whole = own.view(-1), whole.view(-1)
         whole[slice(*bounds[self.rank])] = own
         leaving = dict.fromkeys(self._others, own)
-        sizes = [stop - start for start, stop in bounds]
-        for rank, values in self._exchange(leaving, sizes, own.dtype):
+        for rank, values in self._exchange(leaving, bounds):
             whole[slice(*bounds[rank])] = values
 
-    def _scatter(self, partial: torch.Tensor, own: torch.Tensor, bounds: Bounds) -> None:
-        own, partial = own.view(-1), partial.view(-1)
+    def _scatter(self, partial: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         leaving = {rank: partial[slice(*bounds[rank])] for rank in self._others}
-        arrived = dict(self._exchange(leaving, [len(own)] * self.size, own.dtype))
+        arrived = dict(self._exchange(leaving, [bounds[self.rank]] * self.size))
         arrived[self.rank] = partial[slice(*bounds[self.rank])]
-        add_up([arrived[rank] for rank in range(self.size)], own)
+        return add_up([arrived[rank] for rank in range(self.size)])
 
-    def _exchange(
-        self, leaving: dict[int, torch.Tensor], sizes: list[int], dtype: torch.dtype
-    ) -> list[tuple[int, torch.Tensor]]:
-        """What comes from each of the others, so many elements, for what goes to them."""
-        comm, transport = self._comm, self._transport
-        arriving = {rank: transport.post(comm, (sizes[rank],), dtype, rank, TAG) for rank in self._others}
-        sent = [transport.send(comm, leaving[rank], rank, TAG) for rank in self._others]
+    def _exchange(self, leaving: dict[int, torch.Tensor], bounds: Bounds) -> list[tuple[int, torch.Tensor]]:
+        """What comes from each of the others, rows within its bounds, for what goes to them."""
+        comm, transport, arriving = self._comm, self._transport, {}
+        for rank, values in leaving.items():
+            shape = (bounds[rank][1] - bounds[rank][0], values.shape[1])
+            arriving[rank] = transport.post(comm, shape, values.dtype, rank, TAG)
+        sent = [transport.send(comm, values, rank, TAG) for rank, values in leaving.items()]
         found = [(rank, parcel.received()) for rank, parcel in arriving.items()]
         for parcel in sent:
             parcel.sent()
@@ -156,39 +149,39 @@ class MemoryGroup(TensorGroup):
         axis.Barrier()
 
     def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: Bounds) -> None:
-        itemsize, source, target = own.element_size(), own.data_ptr(), whole.data_ptr()
-        step = SLAB // itemsize
+        row, source, target = own.shape[1] * own.itemsize, own.data_ptr(), whole.data_ptr()
+        step = SLAB // row
         for first in range(0, bounds[0][1], step):  # nobody has more rows than rank 0
             half = self._half = 1 - self._half
-            start, count = bounds[self.rank][0] + first, _count(bounds[self.rank], first, step)
-            memmove(self._places[self.rank][half], source + first * itemsize, count * itemsize)
+            start, num_bytes = bounds[self.rank][0] + first, _count(bounds[self.rank], first, step) * row
+            memmove(self._places[self.rank][half], source + first * row, num_bytes)
             self._flags.rise(0)
-            memmove(target + start * itemsize, source + first * itemsize, count * itemsize)
+            memmove(target + start * row, source + first * row, num_bytes)
             self._flags.wait_for(0, self._transport, self._progress)
             for rank in self._others:
-                num_bytes = _count(bounds[rank], first, step) * itemsize
-                memmove(target + (bounds[rank][0] + first) * itemsize, self._places[rank][half], num_bytes)
+                start, num_bytes = bounds[rank][0] + first, _count(bounds[rank], first, step) * row
+                memmove(target + start * row, self._places[rank][half], num_bytes)
 
-    def _scatter(self, partial: torch.Tensor, own: torch.Tensor, bounds: Bounds) -> None:
-        itemsize, source = own.element_size(), partial.data_ptr()
-        step = SLAB // self.size // itemsize
-        for first in range(0, bounds[0][1], step):
+    def _scatter(self, partial: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        width, row, source = partial.shape[1], partial.shape[1] * partial.itemsize, partial.data_ptr()
+        step, found = SLAB // self.size // row, []
+        for first in range(0, max(bounds[0][1], 1), step):
             half = self._half = 1 - self._half
             for rank in self._others:
-                place = self._places[self.rank][half] + rank * step * itemsize
-                num_bytes = _count(bounds[rank], first, step) * itemsize
-                memmove(place, source + (bounds[rank][0] + first) * itemsize, num_bytes)
+                place, start = self._places[self.rank][half] + rank * step * row, bounds[rank][0] + first
+                memmove(place, source + start * row, _count(bounds[rank], first, step) * row)
             self._flags.rise(0)
+            count = _count(bounds[self.rank], first, step)
+            parts = [self._views(rank, half, partial.dtype, step, count, width) for rank in range(self.size)]
+            parts[self.rank] = partial.narrow(0, bounds[self.rank][0] + first, count)
             self._flags.wait_for(0, self._transport, self._progress)
-            start, count = bounds[self.rank][0] + first, _count(bounds[self.rank], first, step)
-            parts = [self._views(rank, half, own.dtype, step, count) for rank in range(self.size)]
-            parts[self.rank] = partial.view(-1)[start : start + count]
-            add_up(parts, own.view(-1)[first : first + count])
+            found.append(add_up(parts))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _view(self, rank: int, half: int, dtype: torch.dtype, step: int, count: int) -> torch.Tensor:
-        """What a rank has left for this one."""
+    def _view(self, rank: int, half: int, dtype: torch.dtype, step: int, count: int, width: int) -> torch.Tensor:
+        """Of shape [count, width], what a rank has left for this one."""
         slab: torch.Tensor = self._slabs[rank, half].view(dtype)
-        return slab[self.rank * step :][:count]
+        return slab[self.rank * step * width :][: count * width].view(count, width)
 
     def close(self) -> None:
         """Give the memory back; all views of it dangle after this."""
@@ -199,18 +192,15 @@ class MemoryGroup(TensorGroup):
         self._window.Free()
 
 
-def add_up(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+def add_up(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Sum in the order given, rounded once, of tensors of one shape and dtype."""
-    if len(parts) <= 2:
-        torch.add(parts[0], parts[1], out=out) if len(parts) == 2 else out.copy_(parts[0])
-        return
-    exact = torch.promote_types(out.dtype, torch.float32)
-    total = out if out.dtype == exact else torch.empty_like(out, dtype=exact)
-    torch.add(parts[0], parts[1], out=total) if total is out else total.copy_(parts[0]).add_(parts[1])
-    for each in parts[2:]:
+    first, *others = parts
+    if len(others) > 1:
+        first = first.to(torch.promote_types(first.dtype, torch.float32))
+    total = first + others[0] if others else first.clone()
+    for each in others[1:]:
         total += each
-    if total is not out:
-        out.copy_(total)
+    return total.to(parts[0].dtype)
 
 
 def open_group(world: Comm, axis: Comm, transport: Transport) -> TensorGroup:

@@ -1,10 +1,13 @@
 """Seconds that training spends in the messages of a tensor group, by those of MPI_Allreduce in their place.
 
-    mpirun -np 2 python tests/benchmarks/tensor_messages.py [--model minilm-l12] [--precision bf16] [--turns 15]
+    mpirun -np 2 python tests/benchmarks/tensor_messages.py [--precision bf16] [--batch 64] [--turns 15] [--aligned]
 
 Where every rank keeps all tokens (Megatron-LM without sequence parallelism) there is nothing to gather, and
 MPI_Allreduce gives the sums of both directions. Turns of some steps alternate between both in one run; those by
 MPI_Allreduce compute with made-up rows, for their times alone. MPI has no bf16: its sums are made in fp32.
+
+Most of these seconds one rank waits for the other, whose core was slower just then; so it would with any messages.
+`--aligned` lets ranks meet in a barrier before each, which is not counted: what is left is the messages' own time.
 """
 
 from __future__ import annotations
@@ -49,12 +52,26 @@ class ByAllreduce:
         return summed[slice(*part(self.group.rank, len(summed), self.group.size))]
 
 
+def aligned(comm):
+    """A call that begins on all ranks at once."""
+
+    def wrap(call):
+        def run(*arguments):
+            comm.Barrier()
+            return call(*arguments)
+
+        return run
+
+    return wrap
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="minilm-l12")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--aligned", action="store_true")
     options = parser.parse_args()
     flags = ["--model", options.model, "--train.precision", options.precision, "--train.batch_size", str(options.batch)]
     settings = config.load([*flags, "--mesh.tensor", str(world.size)])
@@ -65,6 +82,11 @@ def main() -> None:
     ways = {"ours": (group.gather_rows, group.scatter_sum)}
     peer = ByAllreduce(group, axis)
     ways["MPI_Allreduce"] = (peer.gather_rows, peer.scatter_sum)
+    if options.aligned:
+        ways = {
+            "ours": tuple(map(aligned(axis), ways["ours"])),
+            "MPI_Allreduce": (peer.gather_rows, aligned(axis)(peer.scatter_sum)),
+        }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.turns + 1):
         for name, calls in ways.items():
