@@ -1,7 +1,9 @@
 """How far the numbers of a mesh are from those of one rank: relative differences after 1, 10 and 40 steps.
 
     for n in 2 3 4 8; do mpirun -np $n python tests/benchmarks/parity_table.py; done
+    mpirun -np 4 python tests/benchmarks/parity_table.py schedules
 
+The second takes 2 stages by 2 ranks that share layers through every schedule and every kind of recomputation.
 Unequal sentence lengths, dropout on, clipping active, fp32.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 from small import train_small
 
+from mpitrain.pipeline.schedule import SCHEDULES
 from mpitrain.runtime.agree import total
 
 MESHES = {
@@ -34,8 +38,12 @@ def main() -> None:
     torch.set_num_threads(1)
     comm = MPI.COMM_WORLD
     reference = train_small(MPI.COMM_SELF, 1, 1, max(STEPS), keep_weights=STEPS)
-    for data, pipe, tensor in MESHES[comm.size]:
-        run = train_small(comm, data, pipe, max(STEPS), tensor=tensor, keep_weights=STEPS)
+    cases: list[tuple[tuple[int, int, int], dict[str, str]]] = [(mesh, {}) for mesh in MESHES[comm.size]]
+    if sys.argv[1:] == ["schedules"]:
+        ways = product(SCHEDULES, ("none", "attention", "block"))
+        cases = [((1, 2, 2), {"schedule": schedule, "recompute": recompute}) for schedule, recompute in ways]
+    for (data, pipe, tensor), options in cases:
+        run = train_small(comm, data, pipe, max(STEPS), tensor=tensor, keep_weights=STEPS, **options)
         for step in STEPS:
             sums = torch.zeros(2, dtype=torch.float64)
             for name, values in run.weights[step].items():
@@ -48,7 +56,8 @@ def main() -> None:
             )
             if comm.rank == 0:
                 cells = f"loss {loss:.1e}  gradient norm {norm:.1e}  weights {math.sqrt(difference / size):.1e}"
-                print(f"{data} data x {pipe} pipe x {tensor} tensor  step {step:>2}  {cells}", flush=True)
+                case = "  ".join([f"{data} data x {pipe} pipe x {tensor} tensor", *options.values()])
+                print(f"{case}  step {step:>2}  {cells}", flush=True)
 
 
 if __name__ == "__main__":
