@@ -15,7 +15,7 @@ from mpitrain.errors import DataError
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.draw import write
 from mpitrain.pipeline.messages import with_messages
-from mpitrain.pipeline.prove import Proof, Span, play
+from mpitrain.pipeline.prove import Proof, ScheduleError, Span, play
 from mpitrain.pipeline.schedule import Instruction, Kind, Placement
 from mpitrain.runtime.agree import Comm, together
 
@@ -65,6 +65,8 @@ def read_steps(file: Path) -> tuple[list[Step], bool]:
         steps = [_step(number, replica, spans, placement) for (number, replica), spans in sorted(found.items())]
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}; train with --trace N, and give the run's directory") from None
+    except ScheduleError as error:
+        raise DataError(f"{file}: holds a step that no schedule has: {error}") from None
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{file}: is no trace of a run: {error!r}") from None
     if not steps:

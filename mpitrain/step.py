@@ -80,9 +80,18 @@ class Stepper:
         self.num_steps = num_steps
         self.peak_learning_rate = peak_learning_rate
         self.loss_scale = LossScale(options.precision)
-        self.trace: Trace | None = None
+        self.trace = None
         self.num_updates = 0
         self.skipped_in_a_row = 0
+
+    @property
+    def trace(self) -> Trace | None:
+        """Where all that is done is recorded, by executor and reducer too, if anywhere."""
+        return self._trace
+
+    @trace.setter
+    def trace(self, trace: Trace | None) -> None:
+        self._trace = self.executor.trace = self.reducer.trace = trace
 
     def load(self, plan: StepPlan, split: Sequences) -> list[MicroBatch]:
         """This replica's share of a step, with what this stage needs of it."""
@@ -102,7 +111,6 @@ class Stepper:
 
     def run(self, plan: StepPlan, micro_batches: Sequence[MicroBatch], stop: bool) -> StepResult:
         """Train on this replica's micro-batches of `plan` (collective over the mesh)."""
-        self.executor.trace = self.reducer.trace = self.trace
         group = self.executor.stage.group
         exchanged = group.seconds
         began = time.perf_counter()

@@ -21,7 +21,7 @@ class Tracing:
 
     def __init__(self, run: Run) -> None:
         """Nothing is recorded yet."""
-        self._run, self._trace, self._number = run, Trace(), 0
+        self._run, self._trace, self._number, self._is_written = run, Trace(), 0, False
 
     def begin(self, step: int) -> None:
         """A step, numbered from 1, comes next."""
@@ -31,16 +31,22 @@ class Tracing:
         self._run.stepper.trace = self._trace if wanted else None
 
     def end(self) -> None:
-        """A step is done; after the last one that was wanted all are written (collective)."""
-        if self._number == SKIPPED + self._run.config.trace:
-            self.close()
+        """A step is done, an evaluation may follow; after the last one that was wanted all are written (collective)."""
+        self._run.stepper.trace = None
+        if self._trace.spans and self._number == SKIPPED + self._run.config.trace:
+            self._write()
 
     def close(self) -> None:
         """Write what has been recorded and not been written yet (collective)."""
-        self._run.stepper.trace = None
         if self._trace.spans:
-            write(self._run, self._trace)
-        self._trace = Trace()
+            self._write()
+        elif self._run.config.trace and not self._is_written:
+            steps = f"the first {SKIPPED} of a start are left out, and this one had {self._number}"
+            self._run.console.warn(f"--trace {self._run.config.trace}: no step was recorded; {steps}")
+
+    def _write(self) -> None:
+        write(self._run, self._trace)
+        self._trace, self._is_written = Trace(), True
 
 
 def write(run: Run, trace: Trace) -> None:

@@ -68,17 +68,20 @@ def test_a_run_leaves_the_trace_of_the_steps_asked_for_and_a_report_of_it(proble
 
 
 def test_a_run_that_ends_before_the_last_traced_step_leaves_those_there_are(problem):
-    _, file = train(problem, 2, "short", "--trace", "9", "--train.max_steps", "4")
-    assert {event["args"]["step"] for event in json.loads(file.read_text())["traceEvents"] if event["ph"] == "X"} == {
-        3,
-        4,
-    }
+    _, file = train(problem, 2, "short", "--trace", "9", "--train.max_steps", "4", "--mesh.pipe", "2")
+    events = [event["args"] for event in json.loads(file.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert {event["step"] for event in events} == {3, 4}
+    computed = Counter(event["step"] for event in events if "kind" in event)
+    assert computed[3] == computed[4], "nothing of the evaluation that follows"
+    assert len(read_steps(file)[0]) == 2
 
 
 @pytest.mark.parametrize("flags", [["--train.max_steps", "2", "--trace", "3"], ["--train.max_steps", "3"]])
 def test_where_nothing_was_recorded_no_trace_is_left(problem, flags):
     done, file = train(problem, 1, f"none-{len(flags)}", *flags)
     assert not file.parent.exists() and "perfetto" not in done.stdout
+    warning = "--trace 3: no step was recorded; the first 2 of a start are left out, and this one had 2"
+    assert (warning in " ".join(done.stdout.split())) == ("--trace" in flags)
 
 
 def test_a_trace_that_cannot_be_written_is_not_worth_a_run(problem):
@@ -132,7 +135,7 @@ def test_what_is_no_trace_is_refused(tmp_path, text):
 
 def test_a_pass_that_never_was_or_two_of_the_same_make_no_step(tmp_path):
     for passes in ([(0, "forward", 0, 0, 1)], [(0, "forward", 0, 0, 1)] * 2):
-        with pytest.raises(DataError, match="is no trace of a run"):
+        with pytest.raises(DataError, match="holds a step that no schedule has: stage"):
             read_steps(trace_of(tmp_path, passes))
 
 
