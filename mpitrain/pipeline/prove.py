@@ -117,6 +117,8 @@ class _Play:
         while any([self.advance(number) for number in range(len(self.stages))]):  # noqa: C419 - every stage gets a turn
             pass
         waiting = [number for number, stage in enumerate(self.stages) if stage.position < len(stage.program)]
+        for number in set(range(len(self.stages))) - set(waiting):
+            self.require_all(number)  # or others wait for what this stage never computes
         if waiting:
             blocked = [f"stage {each} waits at '{self.next_of(each)}'" for each in waiting]
             raise ScheduleError(f"deadlock: {'; '.join(blocked)}{self.describe_cycle(waiting[0])}")
@@ -248,24 +250,23 @@ class _Play:
             raise ScheduleError(f"stage {number}: '{step}' {problem}")
 
     def check_end(self) -> None:
-        """All stages came to their end: have they computed everything, and waited for every message."""
+        """All stages came to their end: have they waited for every message."""
         for number, stage in enumerate(self.stages):
-            missing = sorted(map(str, self.missing(number)))
-            if missing:
-                raise ScheduleError(f"stage {number}: never computed: {', '.join(missing)}")
             if not stage.program or stage.program[-1].kind is not Kind.DRAIN:
                 raise ScheduleError(f"stage {number}: the program does not end with '{Kind.DRAIN.value}'")
         left = sorted(map(str, (self.posted.keys() | self.sent.keys()) - self.received))
         if left:
             raise ScheduleError(f"posted or sent, but never received: {', '.join(left)}")
 
-    def missing(self, number: int) -> set[Instruction]:
+    def require_all(self, number: int) -> None:
         due, computed = set(), self.stages[number].computed
         for place in product(range(self.num_micro_batches), range(len(self.placement.places[number]))):
             halves = {Instruction(kind, *place) for kind in HALVES}
             backward = halves if halves & computed else {Instruction(Kind.BACKWARD, *place)}
             due |= {Instruction(Kind.FORWARD, *place)} | (backward if self.train else set())
-        return due - computed
+        missing = sorted(due - computed, key=lambda step: (step.kind.value, step.micro_batch, step.chunk))
+        if missing:
+            raise ScheduleError(f"stage {number}: never computed: {', '.join(map(str, missing))}")
 
 
 def play(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import re
+from itertools import count
 from pathlib import Path
 
 from mpitrain.errors import UsageError
@@ -31,7 +32,7 @@ def read_text(file: str) -> str:
         UsageError: it cannot be read.
     """
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8-sig")  # a spreadsheet may put a mark in front
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"--pipeline.schedule {file}: {reason}; it is neither a file nor a schedule's name") from None
@@ -55,9 +56,13 @@ def read_schedule(file: str, text: str, num_stages: int, num_micro_batches: int)
         UsageError: names the file, and the line and cell, or who waits for whom.
     """
     rows = [_read_row(file, number, row) for number, row in enumerate(csv.reader(text.splitlines()), 1)]
-    empty = next((number for number, row in enumerate(rows, 1) if not row), None)
-    if not rows or empty:
-        raise UsageError(f"--pipeline.schedule {file}:{empty or 1}: a stage that computes nothing; a row is a stage")
+    if not any(rows):
+        raise UsageError(
+            f"--pipeline.schedule {file}: is empty; a row for each stage is wanted, such as 0F0,0F1,0B0,0B1"
+        )
+    if [] in rows:
+        line = 1 + rows.index([])
+        raise UsageError(f"--pipeline.schedule {file}:{line}: a stage that computes nothing; a row is a stage")
     if len(rows) != num_stages:
         raise UsageError(
             f"--pipeline.schedule {file}: {len(rows)} rows for {len(rows)} stages, the mesh has {num_stages}; "
@@ -68,7 +73,10 @@ def read_schedule(file: str, text: str, num_stages: int, num_micro_batches: int)
         [Instruction(kind, number, schedule.placement.places[stage].index(place)) for place, kind, number in row]
         for stage, row in enumerate(rows)
     ]
-    found = 1 + max(number for row in rows for _, _, number in row)
+    numbers = {number for row in rows for _, _, number in row}
+    found, gap = 1 + max(numbers), next(number for number in count() if number not in numbers)
+    if gap < found:
+        raise UsageError(f"--pipeline.schedule {file}: has micro-batch {found - 1}, but no micro-batch {gap}")
     if found < num_micro_batches:
         raise UsageError(
             f"--pipeline.schedule {file}: has {found} micro-batches, a replica has up to {num_micro_batches} in a step "
@@ -91,7 +99,7 @@ def _read_row(file: str, line: int, row: list[str]) -> Row:
         if match is None:
             raise UsageError(
                 f"--pipeline.schedule {file}:{line}: cell {column} is {cell.strip()!r}; it should be a place in the "
-                "model, one of F B I W, and a micro-batch, such as 0F3"
+                "model, one of F B I W, and a micro-batch, such as 0F3, with commas between cells"
             )
         found.append((int(match[1]), KINDS[match[2]], int(match[3])))
     return found
@@ -99,10 +107,19 @@ def _read_row(file: str, line: int, row: list[str]) -> Row:
 
 def _placement(file: str, rows: list[Row]) -> Placement:
     placement = Placement(tuple(tuple(sorted({place for place, _, _ in row})) for row in rows))
-    everywhere = sorted(place for places in placement.places for place in places)
-    if everywhere != list(range(len(everywhere))):
+    holders: dict[int, int] = {}
+    for line, places in enumerate(placement.places, 1):
+        for place in places:
+            if place in holders:
+                raise UsageError(
+                    f"--pipeline.schedule {file}:{line}: place {place} of the model (the number before F, B, I or W) "
+                    f"is in row {holders[place]} already; the first row of a simple pipeline has 0F0, the next 1F0"
+                )
+            holders[place] = line
+    gap = next(place for place in count() if place not in holders)
+    if gap < len(holders):
+        last = max(holders)
         raise UsageError(
-            f"--pipeline.schedule {file}: its rows hold the places {', '.join(map(str, everywhere))} of the model; "
-            f"each of 0 to {everywhere[-1]} should be in one row"
+            f"--pipeline.schedule {file}: row {holders[last]} holds place {last} of the model, but no row place {gap}"
         )
     return placement

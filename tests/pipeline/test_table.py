@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from mpitrain.errors import UsageError
@@ -55,17 +58,34 @@ def test_stages_may_differ_in_the_order_of_micro_batches(tmp_path):
     read(tmp_path / "own.csv", 2, 2)
 
 
+def test_the_example_of_the_readme_is_a_schedule(tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (tmp_path / "own.csv").write_text(re.search(r"    (0F0.*)\n    (1F0.*)\n", readme).expand(r"\1\n\2\n"))
+    read(tmp_path / "own.csv", 2, 2)
+
+
+def test_a_mark_that_spreadsheets_put_in_front_is_no_cell(tmp_path):
+    (tmp_path / "own.csv").write_text("0F0,0B0\n1F0,1B0\n", encoding="utf-8-sig")
+    read(tmp_path / "own.csv", 2, 1)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("0F0,0B0\n1F0,1B0,1X1\n", r"own.csv:2: cell 3 is '1X1'; it should be a place in the model, one of F B I W"),
         ("0F0,0B0\n", r"1 rows for 1 stages, the mesh has 2; --mesh.pipe 1 would work"),
         ("0F0,0B0\n\n", r"own.csv:2: a stage that computes nothing"),
-        ("", r"own.csv:1: a stage that computes nothing"),
-        ("0F0,0B0\n2F0,2B0\n", r"hold the places 0, 2 of the model; each of 0 to 2 should be in one row"),
-        ("0F0,0B0\n0F0,0B0\n", r"hold the places 0, 0 of the model"),
+        ("", r"own.csv: is empty; a row for each stage is wanted"),
+        ("\n\n", r"own.csv: is empty"),
+        ("0F0,0B0\n2F0,2B0\n", r"row 2 holds place 2 of the model, but no row place 1"),
+        (
+            "0F0,0B0\n0F1,0B1\n",
+            r"own.csv:2: place 0 of the model \(the number before F, B, I or W\) is in row 1 already",
+        ),
+        ("0F0,0B0,0F99999999999999999999\n1F0,1B0\n", r"has micro-batch 9+, but no micro-batch 1$"),
+        ("0F0,0F1,0B0\n1F0,1F1,1B0,1B1\n", r"stage 0: never computed: backward 1$"),
         ("0F0,0B0\n1F0,1B0\n", r"has 1 micro-batches, a replica has up to 2 in a step"),
-        ("0F0,0F1,0B0,0B1\n1F0,1F1,1B0\n", r"stage 0 waits at 'receive gradient 1'.* stage 1 has come to its end"),
+        ("0F0,0F1,0B0,0B1\n1F0,1F1,1B0\n", r"stage 1: never computed: backward 1$"),
         (
             "0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n",
             r"deadlock: stage 0 waits at 'receive gradient 0'; stage 1 waits at 'receive activation 1'; "
