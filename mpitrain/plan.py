@@ -93,6 +93,9 @@ def _show(console: Console, out: Path | None, arrangement: Arrangement, proof: P
     placement = arrangement.schedule.placement
     console.show(Text(text(proof, placement, COLUMNS / proof.makespan if proof.makespan else 1.0)))
     console.show(Text(f"{LEGEND}{'; below: the chunk' if placement.num_chunks > 1 else ''}", style="dim"))
+    shortest = min(span.stop - span.start for spans in proof.spans for span in spans)
+    if shortest * COLUMNS < proof.makespan:
+        console.show(Text("passes are narrower than a column here: --out DIR draws all of them", style="dim"))
     if out is not None:
         title = f"{arrangement.schedule.name}, {arrangement.pipe} stages: idle {proof.bubble:.1%}"
         write(out, "schedule", {title: proof}, "time, in passes of a micro-batch through the model", console)

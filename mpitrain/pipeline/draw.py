@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ LETTERS = {Kind.FORWARD: "0123456789"}
 LETTERS |= dict.fromkeys((Kind.BACKWARD, Kind.BACKWARD_INPUT), "abcdefghijklmnopqrstuvwxyz")
 LETTERS[Kind.BACKWARD_WEIGHT] = LETTERS[Kind.BACKWARD].upper()
 LEGEND = "0 1 2 forward; a b c backward, or its half for inputs; A B C its half for weights"
-MOST_NUMBERED = 64  # bars of a stage with the number of their micro-batch
+DIGIT, DENSITY = 0.008, 0.9  # a digit's part of the picture's width; of colours, before any is paler
 COLORS = {Kind.FORWARD: "C0", Kind.BACKWARD: "C1", Kind.BACKWARD_INPUT: "C1", Kind.BACKWARD_WEIGHT: "C2"}
 
 
@@ -50,41 +51,45 @@ def write(out: Path, stem: str, panels: dict[str, Proof], unit: str, console: Co
         UsageError: `out` cannot be written.
     """
     files = [out / f"{stem}.{ending}" for ending in ("png", "svg")]
+    if find_spec("matplotlib") is None:
+        console.warn("no picture: matplotlib is not installed; pip install 'mpitrain[report]' brings it")
+        return
     with user_path("--out", out):
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            for file in files:
-                draw(file, panels, unit)
-        except ImportError:
-            console.warn("no picture: matplotlib is not installed; pip install 'mpitrain[report]' brings it")
-            return
+        for file in files:
+            draw(file, panels, unit)
     console.say("written", ", ".join(map(str, files)))
 
 
 def draw(file: Path, panels: dict[str, Proof], unit: str) -> None:
     """A row for each stage, later chunks paler, below each panel's title; PNG, SVG or PDF as the file's name ends."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     num_stages = max(len(proof.spans) for proof in panels.values())
     figure = Figure(figsize=(10, 0.5 + (0.7 + 0.5 * num_stages) * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    makespan = max(proof.makespan for proof in panels.values()) or 1
     for axis, (title, proof) in zip(axes, panels.items(), strict=True):
-        _draw_stages(axis, proof)
+        _draw_stages(axis, proof, makespan)
         axis.set(yticks=range(num_stages), yticklabels=[f"stage {stage}" for stage in range(num_stages)])
         axis.invert_yaxis()
         axis.set_title(title, fontsize=10)
-    axes[-1].set(xlabel=unit, xlim=(0, max(proof.makespan for proof in panels.values()) or 1))
-    named = {patch.get_label(): patch for axis in axes for patch in axis.containers if patch.get_label()[0] != "_"}
-    figure.legend(named.values(), named, loc="outside lower center", ncols=len(named), frameon=False, fontsize=8)
+    steps = {span.instruction for proof in panels.values() for spans in proof.spans for span in spans}
+    paler = "; the paler, the later a stage's chunk" if any(step.chunk for step in steps) else ""
+    axes[-1].set(xlabel=unit + paler, xlim=(0, makespan))
+    kinds = [kind for kind in COLORS if kind in {step.kind for step in steps}]
+    patches = [Patch(color=COLORS[kind], alpha=DENSITY, label=kind.value) for kind in kinds]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches) or 1, frameon=False, fontsize=8)
     figure.savefig(file, dpi=150)
 
 
-def _draw_stages(axis: Any, proof: Proof) -> None:
-    numbered = max(map(len, proof.spans), default=0) <= MOST_NUMBERED
+def _draw_stages(axis: Any, proof: Proof, makespan: float) -> None:
     for stage, spans in enumerate(proof.spans):
         for span in spans:
             step, length = span.instruction, span.stop - span.start
-            bars = axis.barh(stage, length, left=span.start, height=0.9, color=COLORS[step.kind], label=step.kind.value)
-            bars[0].set(alpha=0.9 / (1 + step.chunk), edgecolor="white", linewidth=0.5)
-            if numbered:
-                axis.text(span.start + length / 2, stage, str(step.micro_batch), ha="center", va="center", fontsize=7)
+            bars = axis.barh(stage, length, left=span.start, height=0.9, color=COLORS[step.kind])
+            bars[0].set(alpha=DENSITY / (1 + step.chunk), edgecolor="white", linewidth=0.5)
+            number = str(step.micro_batch)
+            if length >= DIGIT * len(number) * makespan:
+                axis.text(span.start + length / 2, stage, number, ha="center", va="center", fontsize=7)
