@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil
 from typing import Any
 
 from mpitrain.config import Config
 from mpitrain.errors import UsageError
-from mpitrain.fit import Need, Room, gib, need_of
+from mpitrain.fit import Need, Room, block_sizes, gib, need_of
 from mpitrain.model.bert import num_blocks
 from mpitrain.model.card import ModelCard
 from mpitrain.model.cost import block_costs
@@ -115,10 +116,12 @@ def arrange(
     lowest = min(need.expected for need, _ in found)
     need, arrangement = next(each for each in found if each[0].expected <= NEARLY * lowest)
     if need.least > room.num_bytes:
+        num_parameters, times = sum(block_sizes(card, num_labels)), ceil(need.least / room.num_bytes)
         raise UsageError(
-            f"mesh: {arrangement.shape}: weights, gradients and optimizer state take {gib(need.least)} of a rank, "
-            f"which may use {gib(room.num_bytes)}; more nodes, fewer ranks on each, or more --mesh.pipe or "
-            "--mesh.tensor where these were given, would work"
+            f"mesh: {arrangement.shape}: weights, gradients and optimizer state of {num_parameters:,} parameters "
+            f"take {gib(need.least)} of a rank, which may use {gib(room.num_bytes)}, its share of the "
+            f"memory there is; {times} times as much would do: more nodes, fewer ranks on "
+            "each, or more --mesh.pipe or --mesh.tensor where these were given"
         )
     return arrangement
 

@@ -80,7 +80,8 @@ def check_shape(num_ranks: int, data: int, pipe: int, tensor: int = 1) -> None:
     if data * pipe * tensor != num_ranks:
         groups, rest = divmod(num_ranks, tensor)
         choices = ", ".join(f"{groups // n} x {n}" for n in range(1, groups + 1) if groups % n == 0)
-        would_work = f"with {tensor} tensor, data x pipe may be {choices}" if not rest else "tensor must divide them"
+        divisors = ", ".join(str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0)
+        would_work = f"tensor may be {divisors}" if rest else f"with {tensor} tensor, data x pipe may be {choices}"
         raise UsageError(
             f"mesh: {data} data x {pipe} pipe x {tensor} tensor = {data * pipe * tensor}, but there are {num_ranks} "
             f"ranks; {would_work}"

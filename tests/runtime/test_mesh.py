@@ -60,7 +60,7 @@ def test_sizes_that_do_not_multiply_to_the_ranks_show_the_arithmetic_and_what_wo
     )
     with pytest.raises(UsageError, match=r"with 3 tensor, data x pipe may be 2 x 1, 1 x 2$"):
         meshes.check_shape(6, 2, 2, 3)
-    with pytest.raises(UsageError, match="x 4 tensor = 16, but there are 6 ranks; tensor must divide them"):
+    with pytest.raises(UsageError, match="x 4 tensor = 16, but there are 6 ranks; tensor may be 1, 2, 3, 6"):
         meshes.check_shape(6, 2, 2, 4)
 
 
