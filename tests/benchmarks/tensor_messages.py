@@ -7,7 +7,8 @@ MPI_Allreduce gives the sums of both directions. Turns of some steps alternate b
 MPI_Allreduce compute with made-up rows, for their times alone. MPI has no bf16: its sums are made in fp32.
 
 Most of these seconds one rank waits for the other, whose core was slower just then; so it would with any messages.
-`--aligned` lets ranks meet in a barrier before each, which is not counted: what is left is the messages' own time.
+`--aligned` lets ranks meet in a barrier before each, which is not counted: what is left is the messages' own time,
+and how much of it goes into moving and adding bytes, the rest being Python and the making of tensors.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mpi4py import MPI  # noqa: E402
 
 from mpitrain import config  # noqa: E402
 from mpitrain.bench.step import Workload  # noqa: E402
+from mpitrain.comm import group as groups  # noqa: E402
 from mpitrain.comm.buffers import memory  # noqa: E402
 from mpitrain.observe.console import Console  # noqa: E402
 from mpitrain.runtime.agree import Comm, collect  # noqa: E402
@@ -65,6 +67,18 @@ def aligned(comm):
     return wrap
 
 
+def timed(call, seconds: list[float]):
+    """Add what each call takes to `seconds`."""
+
+    def run(*arguments):
+        began = perf_counter()
+        found = call(*arguments)
+        seconds[0] += perf_counter() - began
+        return found
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="minilm-l12")
@@ -82,7 +96,9 @@ def main() -> None:
     ways = {"ours": (group.gather_rows, group.scatter_sum)}
     peer = ByAllreduce(group, axis)
     ways["MPI_Allreduce"] = (peer.gather_rows, peer.scatter_sum)
+    moving = [0.0]
     if options.aligned:
+        groups.memmove, groups.add_up = timed(groups.memmove, moving), timed(groups.add_up, moving)
         ways = {
             "ours": tuple(map(aligned(axis), ways["ours"])),
             "MPI_Allreduce": (peer.gather_rows, aligned(axis)(peer.scatter_sum)),
@@ -98,6 +114,8 @@ def main() -> None:
     low, middle, high = quantiles(ratios, n=4)
     each = ", ".join(f"{name} {1e3 * median(times[1:]):.1f} ms a step" for name, times in seconds.items())
     console.say("messages", f"{each}; ratio {middle:.2f} (quartiles {low:.2f}, {high:.2f})")
+    if options.aligned:
+        console.say("", f"ours: moving and adding bytes {1e3 * moving[0] / STEPS / (options.turns + 1):.1f} ms a step")
     axis.Free()
     work.close()
 
