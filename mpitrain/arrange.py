@@ -119,9 +119,9 @@ def arrange(
         num_parameters, times = sum(block_sizes(card, num_labels)), ceil(need.least / room.num_bytes)
         raise UsageError(
             f"mesh: {arrangement.shape}: weights, gradients and optimizer state of {num_parameters:,} parameters "
-            f"take {gib(need.least)} of a rank, which may use {gib(room.num_bytes)}, its share of the "
-            f"memory there is; {times} times as much would do: more nodes, fewer ranks on "
-            "each, or more --mesh.pipe or --mesh.tensor where these were given"
+            f"take {gib(need.least)} of a rank, which may use {gib(room.num_bytes)}, its share of the memory there is; "
+            f"{times} times as much would do: more nodes, fewer ranks on each, or more --mesh.pipe or --mesh.tensor "
+            "where these were given"
         )
     return arrangement
 

@@ -21,7 +21,7 @@ class Tracing:
 
     def __init__(self, run: Run) -> None:
         """Nothing is recorded yet."""
-        self._run, self._trace, self._number, self._is_written = run, Trace(), 0, False
+        self._run, self._trace, self._number = run, Trace(), 0
 
     def begin(self, step: int) -> None:
         """A step, numbered from 1, comes next."""
@@ -40,13 +40,13 @@ class Tracing:
         """Write what has been recorded and not been written yet (collective)."""
         if self._trace.spans:
             self._write()
-        elif self._run.config.trace and not self._is_written:
+        elif self._run.config.trace and self._number <= SKIPPED:
             steps = f"the first {SKIPPED} of a start are left out, and this one had {self._number}"
             self._run.console.warn(f"--trace {self._run.config.trace}: no step was recorded; {steps}")
 
     def _write(self) -> None:
         write(self._run, self._trace)
-        self._trace, self._is_written = Trace(), True
+        self._trace = Trace()
 
 
 def write(run: Run, trace: Trace) -> None:

@@ -172,8 +172,8 @@ class MemoryGroup(TensorGroup):
                 memmove(place, source + start * row, _count(bounds[rank], first, step) * row)
             self._flags.rise(0)
             count = _count(bounds[self.rank], first, step)
-            parts = [self._views(rank, half, partial.dtype, step, count, width) for rank in range(self.size)]
-            parts[self.rank] = partial.narrow(0, bounds[self.rank][0] + first, count)
+            parts = [self._views(rank, half, partial.dtype, step, count, width) for rank in self._others]
+            parts.insert(self.rank, partial.narrow(0, bounds[self.rank][0] + first, count))
             self._flags.wait_for(0, self._transport, self._progress)
             found.append(add_up(parts))
         return found[0] if len(found) == 1 else torch.cat(found)

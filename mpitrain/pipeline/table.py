@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Container
 from itertools import count
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def read_schedule(file: str, text: str, num_stages: int, num_micro_batches: int)
         for stage, row in enumerate(rows)
     ]
     numbers = {number for row in rows for _, _, number in row}
-    found, gap = 1 + max(numbers), next(number for number in count() if number not in numbers)
+    found, gap = 1 + max(numbers), _first_missing(numbers)
     if gap < found:
         raise UsageError(f"--pipeline.schedule {file}: has micro-batch {found - 1}, but no micro-batch {gap}")
     if found < num_micro_batches:
@@ -88,6 +89,11 @@ def read_schedule(file: str, text: str, num_stages: int, num_micro_batches: int)
     except ScheduleError as error:
         raise UsageError(f"--pipeline.schedule {file}: {error}") from None
     return schedule
+
+
+def _first_missing(numbers: Container[int]) -> int:
+    """The least number, from 0 on, that is not there."""
+    return next(number for number in count() if number not in numbers)
 
 
 def _read_row(file: str, line: int, row: list[str]) -> Row:
@@ -116,7 +122,7 @@ def _placement(file: str, rows: list[Row]) -> Placement:
                     f"is in row {holders[place]} already; the first row of a simple pipeline has 0F0, the next 1F0"
                 )
             holders[place] = line
-    gap = next(place for place in count() if place not in holders)
+    gap = _first_missing(holders)
     if gap < len(holders):
         last = max(holders)
         raise UsageError(
