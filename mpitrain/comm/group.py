@@ -28,17 +28,13 @@ SLAB = 1 << 20  # bytes of a round, few enough to stay in caches until they are 
 TAG = 11
 
 Bounds = Sequence[tuple[int, int]]
+Copy = tuple[int, int, int]  # of a slab an address, of a tensor an offset, and how many, all in bytes
 
 
 @lru_cache(maxsize=1024)
 def cut_rows(num_rows: int, size: int) -> Bounds:
     """Bounds of each rank's rows."""
     return [part(rank, num_rows, size) for rank in range(size)]
-
-
-def _count(bounds: tuple[int, int], first: int, step: int) -> int:
-    """Rows of a rank in the round that begins with its row `first`."""
-    return max(0, min(step, bounds[1] - bounds[0] - first))
 
 
 class TensorGroup(ABC):
@@ -61,25 +57,29 @@ class TensorGroup(ABC):
     def gather_rows(self, own: torch.Tensor, num_rows: int) -> torch.Tensor:
         """[own rows, n] of each rank to [num_rows, n]; rows are cut by `split.part`."""
         began = perf_counter()
-        whole = own.new_empty((num_rows, own.shape[1]))
-        self._gather(own.contiguous(), whole, cut_rows(num_rows, self.size))
+        whole = self._gather(own.contiguous(), num_rows)
         self.seconds += perf_counter() - began
         return whole
 
     def scatter_sum(self, partial: torch.Tensor) -> torch.Tensor:
-        """[num_rows, n] of each rank to the own rows of their sum, added up in the order of ranks, rounded once."""
+        """[num_rows, n] of each rank to the own rows of their sum, added up in the order of ranks, rounded once.
+
+        The sum is left where the own rows of `partial` were, if that is contiguous: memory less to fill, and to move.
+        """
         began = perf_counter()
-        own = self._scatter(partial.contiguous(), cut_rows(len(partial), self.size))
+        partial = partial.detach().contiguous()
+        self._scatter(partial)
         self.seconds += perf_counter() - began
-        return own
+        start, stop = cut_rows(len(partial), self.size)[self.rank]
+        return partial.narrow(0, start, stop - start)
 
     @abstractmethod
-    def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: Bounds) -> None:
-        """Fill `whole`, in which rank i's rows have the i-th bounds; all tensors are contiguous."""
+    def _gather(self, own: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """All rows; `own` is contiguous."""
 
     @abstractmethod
-    def _scatter(self, partial: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-        """The own rows of the sum."""
+    def _scatter(self, partial: torch.Tensor) -> None:
+        """Leave the sum in the own rows of `partial`, which is contiguous."""
 
     @abstractmethod
     def close(self) -> None:
@@ -96,17 +96,20 @@ class MessageGroup(TensorGroup):
         super().__init__(axis, transport)
         self._comm = Comm(axis.Dup())
 
-    def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: Bounds) -> None:
+    def _gather(self, own: torch.Tensor, num_rows: int) -> torch.Tensor:
+        bounds, whole = cut_rows(num_rows, self.size), own.new_empty((num_rows, own.shape[1]))
         whole[slice(*bounds[self.rank])] = own
         leaving = dict.fromkeys(self._others, own)
         for rank, values in self._exchange(leaving, bounds):
             whole[slice(*bounds[rank])] = values
+        return whole
 
-    def _scatter(self, partial: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-        leaving = {rank: partial[slice(*bounds[rank])] for rank in self._others}
-        arrived = dict(self._exchange(leaving, [bounds[self.rank]] * self.size))
-        arrived[self.rank] = partial[slice(*bounds[self.rank])]
-        return add_up([arrived[rank] for rank in range(self.size)])
+    def _scatter(self, partial: torch.Tensor) -> None:
+        bounds = cut_rows(len(partial), self.size)
+        parts = {rank: partial[slice(*bounds[rank])] for rank in range(self.size)}
+        leaving = {rank: parts[rank] for rank in self._others}
+        parts.update(self._exchange(leaving, [bounds[self.rank]] * self.size))
+        add_up(list(parts.values()), parts[self.rank])
 
     def _exchange(self, leaving: dict[int, torch.Tensor], bounds: Bounds) -> list[tuple[int, torch.Tensor]]:
         """What comes from each of the others, rows within its bounds, for what goes to them."""
@@ -145,62 +148,89 @@ class MemoryGroup(TensorGroup):
         # MPI need not go on with what was sent to other stages unless it is called, and they may wait for that.
         self._progress = axis.Iprobe
         self._half = 0
-        self._views = lru_cache(maxsize=1024)(self._view)
+        self._gathers, self._scatters = lru_cache(1024)(self._plan_gather), lru_cache(1024)(self._plan_scatter)
         axis.Barrier()
 
-    def _gather(self, own: torch.Tensor, whole: torch.Tensor, bounds: Bounds) -> None:
-        row, source, target = own.shape[1] * own.itemsize, own.data_ptr(), whole.data_ptr()
-        step = SLAB // row
+    def _gather(self, own: torch.Tensor, num_rows: int) -> torch.Tensor:
+        whole = own.new_empty((num_rows, own.shape[1]))
+        source, target = own.data_ptr(), whole.data_ptr()
+        for leaving, mine, arriving in self._gathers(num_rows, own.shape[1] * own.itemsize, self._half):
+            place, start, num_bytes = leaving
+            memmove(place, source + start, num_bytes)
+            self._flags.rise(0)
+            memmove(target + mine, source + start, num_bytes)
+            self._flags.wait_for(0, self._transport, self._progress)
+            for place, start, num_bytes in arriving:
+                memmove(target + start, place, num_bytes)
+            self._half = 1 - self._half
+        return whole
+
+    def _scatter(self, partial: torch.Tensor) -> None:
+        source = partial.data_ptr()
+        for leaving, own, views in self._scatters(*partial.shape, partial.dtype, self._half):
+            for place, start, num_bytes in leaving:
+                memmove(place, source + start, num_bytes)
+            self._flags.rise(0)
+            parts = views.copy()
+            parts[self.rank] = partial.narrow(0, *own)
+            self._flags.wait_for(0, self._transport, self._progress)
+            add_up(parts, parts[self.rank])
+            self._half = 1 - self._half
+
+    def _plan_gather(self, num_rows: int, row: int, half: int) -> list[tuple[Copy, int, list[Copy]]]:
+        """Of each round the copy into the own slab, where the same bytes begin in all rows, and the copies from others.
+
+        Source or target in slabs are addresses, in tensors they are offsets; `row` is in bytes.
+        """
+        bounds, step, plan = cut_rows(num_rows, self.size), SLAB // row, []
         for first in range(0, bounds[0][1], step):  # nobody has more rows than rank 0
-            half = self._half = 1 - self._half
-            start, num_bytes = bounds[self.rank][0] + first, _count(bounds[self.rank], first, step) * row
-            memmove(self._places[self.rank][half], source + first * row, num_bytes)
-            self._flags.rise(0)
-            memmove(target + start * row, source + first * row, num_bytes)
-            self._flags.wait_for(0, self._transport, self._progress)
-            for rank in self._others:
-                start, num_bytes = bounds[rank][0] + first, _count(bounds[rank], first, step) * row
-                memmove(target + start * row, self._places[rank][half], num_bytes)
+            pieces = [
+                (places[half], (start + first) * row, max(0, min(step, stop - start - first)) * row)
+                for places, (start, stop) in zip(self._places, bounds, strict=True)
+            ]
+            place, start, num_bytes = pieces[self.rank]
+            arriving = [pieces[rank] for rank in self._others]
+            plan.append(((place, first * row, num_bytes), start, arriving))
+            half = 1 - half
+        return plan
 
-    def _scatter(self, partial: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-        width, row, source = partial.shape[1], partial.shape[1] * partial.itemsize, partial.data_ptr()
-        step, found = SLAB // self.size // row, []
+    def _plan_scatter(
+        self, num_rows: int, width: int, dtype: torch.dtype, half: int
+    ) -> list[tuple[list[Copy], tuple[int, int], list[torch.Tensor]]]:
+        """Of each round the copies into the own slab, the own rows' begin and number, and what others leave of them."""
+        bounds, row, plan = cut_rows(num_rows, self.size), width * dtype.itemsize, []
+        step = SLAB // self.size // row
         for first in range(0, max(bounds[0][1], 1), step):
-            half = self._half = 1 - self._half
-            for rank in self._others:
-                place, start = self._places[self.rank][half] + rank * step * row, bounds[rank][0] + first
-                memmove(place, source + start * row, _count(bounds[rank], first, step) * row)
-            self._flags.rise(0)
-            count = _count(bounds[self.rank], first, step)
-            parts = [self._views(rank, half, partial.dtype, step, count, width) for rank in self._others]
-            parts.insert(self.rank, partial.narrow(0, bounds[self.rank][0] + first, count))
-            self._flags.wait_for(0, self._transport, self._progress)
-            found.append(add_up(parts))
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    def _view(self, rank: int, half: int, dtype: torch.dtype, step: int, count: int, width: int) -> torch.Tensor:
-        """Of shape [count, width], what a rank has left for this one."""
-        slab: torch.Tensor = self._slabs[rank, half].view(dtype)
-        return slab[self.rank * step * width :][: count * width].view(count, width)
+            counts = [max(0, min(step, stop - start - first)) for start, stop in bounds]
+            leaving = [
+                (self._places[self.rank][half] + rank * step * row, (bounds[rank][0] + first) * row, counts[rank] * row)
+                for rank in self._others
+            ]
+            count, begin = counts[self.rank], self.rank * step * width
+            left = [slab[half].view(dtype)[begin : begin + count * width].view(count, width) for slab in self._slabs]
+            plan.append((leaving, (bounds[self.rank][0] + first, count), left))
+            half = 1 - half
+        return plan
 
     def close(self) -> None:
         """Give the memory back; all views of it dangle after this."""
-        self._views.cache_clear()
+        self._scatters.cache_clear()
         self._slabs = torch.empty(0)
         self._flags.forget()
         self._window.Unlock_all()
         self._window.Free()
 
 
-def add_up(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum in the order given, rounded once, of tensors of one shape and dtype."""
+def add_up(parts: Sequence[torch.Tensor], into: torch.Tensor) -> None:
+    """Sum in the order given, rounded once, of tensors of one shape and dtype; `into` may be one of them."""
+    if len(parts) == 2:
+        torch.add(*parts, out=into)
+        return
     first, *others = parts
-    if len(others) > 1:
-        first = first.to(torch.promote_types(first.dtype, torch.float32))
-    total = first + others[0] if others else first.clone()
-    for each in others[1:]:
+    total = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
+    for each in others:
         total += each
-    return total.to(parts[0].dtype)
+    into.copy_(total)
 
 
 def open_group(world: Comm, axis: Comm, transport: Transport) -> TensorGroup:

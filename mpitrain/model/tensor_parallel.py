@@ -32,7 +32,10 @@ class Group(Protocol):
         """[own rows, n] of each rank to [num_rows, n]."""
 
     def scatter_sum(self, partial: Tensor) -> Tensor:
-        """[num_rows, n] of each rank to the own rows of their sum, added up in the order of ranks, rounded once."""
+        """[num_rows, n] of each rank to the own rows of their sum, added up in the order of ranks, rounded once.
+
+        `partial` is used up: the sum may take its memory.
+        """
 
 
 class Alone:
@@ -57,6 +60,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # Nobody else has this gradient: one product has read what was gathered, and made it.
         return ctx.group.scatter_sum(gradient), None, None
 
 

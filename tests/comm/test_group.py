@@ -35,7 +35,7 @@ def test_rows_are_gathered_and_sums_scattered(comm, kind, dtype, slab):
         assert torch.equal(group.gather_rows(whole[mine].clone(), num_rows), whole)
         assert torch.equal(group.gather_rows(whole.t().contiguous().t()[mine], num_rows), whole), "strided"
         everyone = [rows_of(rank, num_rows, width, dtype) for rank in range(comm.size)]
-        found = group.scatter_sum(everyone[comm.rank])
+        found = group.scatter_sum(everyone[comm.rank].clone())
         exact = torch.zeros(num_rows, width)
         for each in everyone:  # in the order of ranks
             exact += each.float()
@@ -45,15 +45,13 @@ def test_rows_are_gathered_and_sums_scattered(comm, kind, dtype, slab):
 
 
 @KINDS
-def test_what_is_given_away_may_be_changed_at_once_and_what_came_stays(comm, kind, slab):
+def test_gathered_rows_may_be_changed_at_once_and_what_came_stays(comm, kind, slab):
     group, found = kind(comm, Transport(patient=True)), []
     for number in range(50):
         own = torch.full((2, 8), float(number * comm.size + comm.rank))
         found.append(group.gather_rows(own, 2 * comm.size))
         own.fill_(-1)
-        partial = torch.full((comm.size, 8), float(number))
-        found.append(group.scatter_sum(partial))
-        partial.fill_(-1)
+        found.append(group.scatter_sum(torch.full((comm.size, 8), float(number))))
     for number, (gathered, summed) in enumerate(zip(found[::2], found[1::2], strict=True)):
         ranks = torch.arange(comm.size, dtype=torch.float32) + number * comm.size
         assert torch.equal(gathered, ranks.repeat_interleave(2)[:, None].expand(-1, 8))
@@ -78,4 +76,5 @@ def test_a_group_shares_memory_only_on_one_host_with_room(comm, monkeypatch):
 
 def test_sums_are_rounded_once():
     parts = [torch.tensor([256.0, 1.0]).bfloat16(), torch.tensor([1.0, 1.0]).bfloat16(), torch.ones(2).bfloat16()]
-    assert add_up(parts).tolist() == [258.0, 3.0]
+    add_up(parts, parts[1])
+    assert parts[1].tolist() == [258.0, 3.0]
