@@ -2,9 +2,13 @@
 
     mpirun -np 2 python tests/benchmarks/tensor_messages.py [--precision bf16] [--batch 64] [--turns 15] [--aligned]
 
-Where every rank keeps all tokens (Megatron-LM without sequence parallelism) there is nothing to gather, and
-MPI_Allreduce gives the sums of both directions. Turns of some steps alternate between both in one run; those by
-MPI_Allreduce compute with made-up rows, for their times alone. MPI has no bf16: its sums are made in fp32.
+Turns of some steps alternate in one run between the group's own messages and two others:
+
+- "MPI": the same exchanges, sums by MPI_Allreduce and rows by MPI_Allgatherv;
+- "all tokens": every rank keeps all tokens (Megatron-LM without sequence parallelism), so that MPI_Allreduce gives the
+  sums of both directions and there is nothing to gather. It computes with made-up rows, for the times alone.
+
+MPI has no bf16: its sums are made in fp32.
 
 Most of these seconds one rank waits for the other, whose core was slower just then; so it would with any messages.
 `--aligned` lets ranks meet in a barrier before each, which is not counted: what is left is the messages' own time,
@@ -36,14 +40,19 @@ from mpitrain.split import part  # noqa: E402
 STEPS = 3
 
 
-class ByAllreduce:
-    """Instead of a group's own calls: `scatter_sum` is an MPI_Allreduce, and nothing is gathered."""
+class ByMPI:
+    """Instead of a group's own calls: `scatter_sum` is an MPI_Allreduce, `gather_rows` an MPI_Allgatherv."""
 
     def __init__(self, group, comm) -> None:
         self.group, self.comm = group, comm
 
     def gather_rows(self, own: torch.Tensor, num_rows: int) -> torch.Tensor:
-        return own.repeat(self.group.size + 1, *[1] * (own.dim() - 1)).narrow(0, 0, num_rows) if len(own) else own
+        began = perf_counter()
+        own, whole = own.contiguous(), own.new_empty(num_rows, own.shape[1])
+        sizes = [(stop - start) * own[:1].nbytes for start, stop in groups.cut_rows(num_rows, self.group.size)]
+        self.comm.Allgatherv([memory(own), MPI.BYTE], [memory(whole), sizes, MPI.BYTE])
+        self.group.seconds += perf_counter() - began
+        return whole
 
     def scatter_sum(self, partial: torch.Tensor) -> torch.Tensor:
         began = perf_counter()
@@ -52,6 +61,13 @@ class ByAllreduce:
         summed = exact.to(partial.dtype)
         self.group.seconds += perf_counter() - began
         return summed[slice(*part(self.group.rank, len(summed), self.group.size))]
+
+
+class AllTokens(ByMPI):
+    """Nothing is gathered."""
+
+    def gather_rows(self, own: torch.Tensor, num_rows: int) -> torch.Tensor:
+        return own.repeat(self.group.size + 1, *[1] * (own.dim() - 1)).narrow(0, 0, num_rows) if len(own) else own
 
 
 def aligned(comm):
@@ -93,27 +109,25 @@ def main() -> None:
     lengths = Path(__file__).with_name("lengths.txt")
     work = Workload(world, settings, console, lengths, num_steps=10**6)
     group, axis = work.place.group, Comm(work.place.mesh.tensor_axis.Dup())
-    ways = {"ours": (group.gather_rows, group.scatter_sum)}
-    peer = ByAllreduce(group, axis)
-    ways["MPI_Allreduce"] = (peer.gather_rows, peer.scatter_sum)
+    ways = {"ours": group, "MPI": ByMPI(group, axis), "all tokens": AllTokens(group, axis)}
+    calls = {name: (way.gather_rows, way.scatter_sum) for name, way in ways.items()}
     moving = [0.0]
     if options.aligned:
         groups.memmove, groups.add_up = timed(groups.memmove, moving), timed(groups.add_up, moving)
-        ways = {
-            "ours": tuple(map(aligned(axis), ways["ours"])),
-            "MPI_Allreduce": (peer.gather_rows, aligned(axis)(peer.scatter_sum)),
-        }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+        calls = {name: tuple(map(aligned(axis), pair)) for name, pair in calls.items()}
+        calls["all tokens"] = (ways["all tokens"].gather_rows, calls["all tokens"][1])
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(options.turns + 1):
-        for name, calls in ways.items():
-            group.gather_rows, group.scatter_sum = calls
+        for name, pair in calls.items():
+            group.gather_rows, group.scatter_sum = pair
             before = group.seconds
             work.run(STEPS)
             seconds[name].append(max(collect(world, group.seconds - before)) / STEPS)
-    ratios = [ours / theirs for ours, theirs in zip(*(times[1:] for times in seconds.values()), strict=True)]
-    low, middle, high = quantiles(ratios, n=4)
-    each = ", ".join(f"{name} {1e3 * median(times[1:]):.1f} ms a step" for name, times in seconds.items())
-    console.say("messages", f"{each}; ratio {middle:.2f} (quartiles {low:.2f}, {high:.2f})")
+    for name, theirs in seconds.items():
+        ratios = [mine / other for mine, other in zip(seconds["ours"][1:], theirs[1:], strict=True)]
+        low, middle, high = quantiles(ratios, n=4)
+        ratio = f"; ours / {name} {middle:.2f} (quartiles {low:.2f}, {high:.2f})" if name != "ours" else ""
+        console.say("messages", f"{name} {1e3 * median(theirs[1:]):.1f} ms a step{ratio}")
     if options.aligned:
         console.say("", f"ours: moving and adding bytes {1e3 * moving[0] / STEPS / (options.turns + 1):.1f} ms a step")
     axis.Free()
