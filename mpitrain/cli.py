@@ -133,12 +133,15 @@ def print_help(command: str) -> None:
 def run(world: Any, command: str, arguments: list[str], stop: launch.StopRequest) -> int:
     """A command's exit code, the same on all ranks; errors that not all ranks share end the job instead."""
     from mpitrain.observe.console import Console
+    from mpitrain.runtime import failpoints
     from mpitrain.runtime.agree import attempt
 
     console = Console(world.rank == 0, to_stderr=command == "predict")
     try:
+        attempt(world, "reading the environment", lambda: failpoints.arm(world.rank))
         options, settings = attempt(world, "reading the configuration", lambda: _read_arguments(command, arguments))
         same_on_all_ranks(world, {"command": command, **vars(options), **settings.model_dump()})
+        failpoints.reach("start")
         if command == "train":
             return _train(world, arguments, settings, console, stop)
         return HANDLERS[command](world, options, settings, console)

@@ -22,7 +22,7 @@ from mpitrain.errors import UsageError
 from mpitrain.sections import Checkpoint, Comm, Mesh, Pipeline, Tokenizer, Train
 
 # Variables of the program that are not fields of the configuration.
-OTHER_VARIABLES = {"MPITRAIN_CACHE", "MPITRAIN_CORPORA"}
+OTHER_VARIABLES = {"MPITRAIN_CACHE", "MPITRAIN_CORPORA", "MPITRAIN_FAILPOINT"}
 
 
 class Config(BaseSettings):

@@ -25,6 +25,7 @@ from mpitrain.place import Place
 from mpitrain.problem import Problem, find_data
 from mpitrain.restore import open_checkpoint, restore_stage
 from mpitrain.runtime.agree import Comm, collect, together
+from mpitrain.runtime.failpoints import reach
 from mpitrain.runtime.mesh import Mesh
 
 TOKENS_PER_MICRO_BATCH = 2048
@@ -57,6 +58,7 @@ def evaluate(
     executor: Executor, place: Place, problem: Problem, split: Sequences
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score a split (collective): the report of eval.json, and one of each replica's share, on every rank."""
+    reach("evaluate")
     plan = evaluation_plan(split.index.lengths, split.index.sentences, TOKENS_PER_MICRO_BATCH)
     counts, loss = Counts.of(problem.label_names), 0.0
     tells = executor.stage.has_head and place.mesh.tensor == 0

@@ -24,6 +24,7 @@ from mpitrain.observe.trace import Trace
 from mpitrain.optim import LossScale, ShardedAdamW, learning_rate_at
 from mpitrain.pipeline.executor import Executor, MicroBatch
 from mpitrain.runtime.agree import collect, total
+from mpitrain.runtime.failpoints import reach
 from mpitrain.runtime.mesh import Mesh
 from mpitrain.sections import Train
 
@@ -98,6 +99,7 @@ class Stepper:
         stage, device, loaded = self.executor.stage, self.exchange.transport.device, []
         share = plan.share(self.mesh.replica, self.mesh.num_replicas, reproducible=self.options.reproducible)
         for number in share:
+            reach("data")
             sequences = plan.micro_batches[number]
             lengths = pad_lengths(split.index.lengths[sequences])
             num_tokens = int(lengths.sum())
@@ -122,9 +124,11 @@ class Stepper:
             after_backward=self.reducer.end_micro_batch,
         )
         computed, exchanged = time.perf_counter(), group.seconds - exchanged
+        reach("reduce")
         self.reducer.finish()
         self._record("wait for reduce", computed)
         reduced = time.perf_counter()
+        reach("gradient", lambda: next(iter(self.optimizer.gradients()), None))
         loss, grad_norm, stop = self._agree(loss, stop)
         wire_errors = self._measure_wire()
         learning_rate = learning_rate_at(plan.step, self.num_steps, self.peak_learning_rate, self.options.warmup_ratio)
@@ -171,6 +175,7 @@ class Stepper:
 
     def _update(self, grad_norm: float, learning_rate: float) -> float:
         """Returns the seconds in which new weights spread."""
+        reach("update")
         limit = self.options.max_grad_norm
         clip = limit / grad_norm if limit is not None and grad_norm > limit else 1.0
         self.optimizer.step(learning_rate, clip / self.loss_scale.value)

@@ -20,6 +20,7 @@ from mpitrain.observe.record import RunDirectory
 from mpitrain.resume import resume, save_checkpoint
 from mpitrain.run import Run, build
 from mpitrain.runtime.agree import Comm, collect, share, together
+from mpitrain.runtime.failpoints import reach
 from mpitrain.runtime.launch import StopRequest, seconds_since_start
 from mpitrain.step import StepResult
 from mpitrain.tracing import Tracing
@@ -43,6 +44,9 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
         save_checkpoint(run)
         if not stopped:
             report_best(run)
+        reach("end")
+        run.close()
+        comm.Barrier()  # a rank that fails until here has the last word in exit.json
     except BaseException as error:
         # An agreed error is everybody's; any other ends the job, and this rank alone knows why.
         if directory is not None and (comm.rank == 0 or not getattr(error, "agreed", False)):
@@ -51,7 +55,6 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
     code, reason = (ExitCode.STOPPED, f"stopped by {stopped}") if stopped else (ExitCode.DONE, "done")
     if comm.rank == 0:
         run.directory.write_exit(code, reason, run.progress.step)
-    run.close()
     return code, run.directory.path
 
 

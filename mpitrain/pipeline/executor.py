@@ -24,6 +24,7 @@ from mpitrain.model.tensor_parallel import gather
 from mpitrain.observe.trace import Trace, now
 from mpitrain.pipeline.messages import program
 from mpitrain.pipeline.schedule import Instruction, Kind, Schedule
+from mpitrain.runtime.failpoints import reach
 from mpitrain.runtime.mesh import Mesh
 
 COMPUTE = {Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT}
@@ -183,6 +184,7 @@ class Executor:
         flight.take(direction, tensor)
 
     def _forward(self, chunk: int, number: int) -> None:
+        reach("forward")
         flight, batch, place = self._flights[chunk][number], self._micro_batches[number], self._places[chunk]
         inputs = batch.tokens if place == 0 else flight.inputs
         assert inputs is not None
@@ -205,6 +207,7 @@ class Executor:
             self._flights[other][number].take(direction, self._flights[chunk][number].made(direction))
 
     def _backward(self, chunk: int, number: int) -> None:
+        reach("backward")
         flight = self._flights[chunk][number]
         self._settle(flight, ACTIVATION)
         assert flight.outputs is not None
