@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,19 @@ def file_hash(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(text: str) -> str:
+    """JSON whose first field `seal` is empty, with the sha256 of it in that field."""
+    return text.replace('"seal": ""', f'"seal": "{hashlib.sha256(text.encode()).hexdigest()}"', 1)
+
+
+def is_sealed(raw: bytes) -> bool:
+    """Whether a text is to the byte what `seal` has made."""
+    found = re.search(rb'"seal": "([0-9a-f]{64})"', raw)
+    if found is None:
+        return False
+    return hashlib.sha256(raw.replace(found[0], b'"seal": ""', 1)).hexdigest() == found[1].decode()
 
 
 def sync(path: Path) -> None:

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mpitrain.errors import CheckpointError
-from mpitrain.files import FileName
+from mpitrain.files import FileName, is_sealed, replace_file, seal
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 STEP_DIRECTORY = re.compile(r"step-(\d{8})")
 
@@ -74,8 +74,10 @@ class Manifest(_Strict):
     Attributes:
         identity: settings that fix the order of the data and the model; a resumed run must share them.
         tensors: shape of every tensor by logical name.
+        seal: sha256 of the text with this field empty (`files.seal`).
     """
 
+    seal: str = ""
     version: int
     written_by: str
     progress: Progress
@@ -93,7 +95,8 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        raw = path.read_bytes()
+        manifest = Manifest.model_validate_json(raw)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}): this is no complete checkpoint") from None
     except ValidationError as error:
@@ -102,7 +105,14 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path}: is damaged: {where or 'JSON'}: {first['msg']}") from None
     if manifest.version != VERSION:
         raise CheckpointError(f"{path}: format version {manifest.version}; this program reads version {VERSION}")
+    if not is_sealed(raw):
+        raise CheckpointError(f"{path}: is damaged: its text is not the one whose sha256 is in it")
     return manifest
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Put it in place, whole and durably."""
+    replace_file(directory / MANIFEST, seal(manifest.model_copy(update={"seal": ""}).model_dump_json(indent=1)))
 
 
 def committed(checkpoints: Path) -> list[Path]:

@@ -23,10 +23,12 @@ from mpitrain.checkpoint.manifest import (
     Progress,
     committed,
     read_manifest,
+    write_manifest,
 )
 from mpitrain.comm.buckets import StateSlice
-from mpitrain.files import file_hash, replace_file, sync, write_durably
+from mpitrain.files import file_hash, sync
 from mpitrain.runtime.agree import Comm, collect, share, together
+from mpitrain.runtime.failpoints import reach
 
 LEFT_OVER = re.compile(r"step-\d{8}\.tmp-[0-9a-f]+")
 
@@ -60,11 +62,13 @@ def save(
         return final
     aside = checkpoints / f"{final.name}.tmp-{share(comm, secrets.token_hex(4))}"
     with together(comm, f"making {aside}"):
+        reach("save.begin")
         if comm.rank == 0:
             aside.mkdir(parents=True)
     entries: dict[str, Any] = {}
     shapes: dict[str, list[int]] = {}
     with together(comm, f"writing {aside}"):
+        reach("save.slices")
         entries, shapes = _write_slices(aside / f"rank-{comm.rank:05d}.h5", list(slices))
         if comm.rank == 0:
             entries |= _write_documents(aside, documents)
@@ -87,8 +91,9 @@ def save(
 def _refresh(final: Path, progress: Progress) -> None:
     manifest = read_manifest(final)
     if manifest.progress != progress:
+        reach("save.refresh")
         manifest.progress = progress
-        replace_file(final / MANIFEST, manifest.model_dump_json(indent=1))
+        write_manifest(final, manifest)
         sync(final)
 
 
@@ -103,6 +108,7 @@ def _write_slices(path: Path, slices: list[StateSlice]) -> tuple[dict[str, Any],
             dataset.attrs.update(shape=piece.shape, start=piece.start, columns=piece.columns or (0, piece.shape[-1]))
             where = {"start": piece.start, "stop": piece.stop, "columns": piece.columns}
             pieces.append(Piece(kind=piece.kind, name=piece.name, **where))
+    reach("save.hash")
     return {path.name: _entry(path, pieces)}, {piece.name: list(piece.shape) for piece in slices}
 
 
@@ -120,16 +126,20 @@ def _entry(path: Path, pieces: list[Piece]) -> dict[str, Any]:
 
 
 def _commit(aside: Path, final: Path, manifest: Manifest) -> None:
-    write_durably(aside / MANIFEST, manifest.model_dump_json(indent=1))
+    reach("save.manifest")
+    write_manifest(aside, manifest)
     sync(aside)
     if final.exists():  # a directory of that name without a manifest is no checkpoint
         discard(final)
+    reach("save.rename")
     aside.rename(final)
+    reach("save.committed")
     sync(final.parent)
 
 
 def retain(checkpoints: Path, keep: int, best_step: int) -> None:
     """Delete all checkpoints but the newest `keep` and the best (rank 0 only, after a commit)."""
+    reach("save.retain")
     for place in committed(checkpoints)[keep:]:
         match = STEP_DIRECTORY.fullmatch(place.name)
         if match and int(match[1]) != best_step:
@@ -155,4 +165,5 @@ def discard(place: Path) -> None:
     """Delete a directory; it loses its name first, so that a kill half-way leaves no half checkpoint behind."""
     doomed = place.with_name(f"{place.name}.tmp-{secrets.token_hex(4)}")
     place.rename(doomed)
+    reach("save.discard")
     shutil.rmtree(doomed, ignore_errors=True)

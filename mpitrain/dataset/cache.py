@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from mpitrain.dataset.recipe import Recipe, Split
 from mpitrain.dataset.shards import INDEX_FILE, DatasetInfo, Source, open_dataset
 from mpitrain.errors import UsageError
-from mpitrain.files import sync
+from mpitrain.files import seal, sync
 
 
 def cache_directory() -> Path:
@@ -30,7 +30,7 @@ def fingerprint(recipe: Recipe, sources: dict[Split, Source], tokenizer: str, ma
     """
     fields = recipe.model_dump(mode="json", exclude={"files", "description", "homepage", "fetch"})
     texts = {split: source.sha256 for split, source in sources.items()}
-    parts = {"format": 1, "recipe": fields, "texts": texts, "tokenizer": tokenizer, "max_length": max_length}
+    parts = {"format": 2, "recipe": fields, "texts": texts, "tokenizer": tokenizer, "max_length": max_length}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -51,7 +51,7 @@ def holds(out: Path, mark: str) -> bool:
 def commit(aside: Path, out: Path, tokenizer: Tokenizer, info: DatasetInfo) -> None:
     """Make the dataset appear under its name, whole; harmless if another run was faster."""
     tokenizer.save(str(aside / "tokenizer.json"))
-    (aside / INDEX_FILE).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (aside / INDEX_FILE).write_text(seal(info.model_dump_json(indent=1) + "\n"), encoding="utf-8")
     for name in ("tokenizer.json", INDEX_FILE, "."):
         sync(aside / name)
     try:

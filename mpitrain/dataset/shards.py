@@ -20,7 +20,7 @@ from mpitrain.dataset.census import SplitSummary
 from mpitrain.dataset.recipe import Split
 from mpitrain.dataset.tokenize import Encoded
 from mpitrain.errors import DataError
-from mpitrain.files import FileName, file_hash, sync
+from mpitrain.files import FileName, file_hash, is_sealed, sync
 from mpitrain.runtime.agree import Comm, together
 
 IGNORED = -100  # label of [CLS], [SEP] and of all pieces of a word but the first
@@ -62,11 +62,16 @@ class Source(BaseModel):
 
 
 class DatasetInfo(BaseModel):
-    """The contents of `dataset.json`: written last, so its presence says that the dataset is whole."""
+    """The contents of `dataset.json`: written last, so its presence says that the dataset is whole.
+
+    Attributes:
+        seal: sha256 of the text with this field empty (`files.seal`).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1] = 1
+    seal: str = ""
+    version: Literal[2] = 2
     name: str
     fingerprint: Sha256
     label_names: Annotated[list[str], Field(min_length=1, max_length=32767)]
@@ -101,12 +106,16 @@ def open_dataset(directory: Path) -> DatasetInfo:
     """
     place = directory / INDEX_FILE
     try:
-        return DatasetInfo.model_validate_json(place.read_bytes())
+        raw = place.read_bytes()
+        info = DatasetInfo.model_validate_json(raw)
     except OSError as error:
         raise DataError(f"{place}: {error.strerror}; a directory without it is not (or not yet) a dataset") from None
     except ValidationError as error:
         mistakes = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise DataError("\n".join([f"{place}: damaged or of another version; prepare again:", *mistakes])) from None
+    if not is_sealed(raw):
+        raise DataError(f"{place}: damaged: its text is not the one whose sha256 is in it; prepare again")
+    return info
 
 
 def write_shard(
