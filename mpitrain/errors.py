@@ -12,6 +12,7 @@ class ExitCode:
     NO_CHECKPOINT = 66
     FAULT = 70
     STOPPED = 75
+    NO_PROGRESS = 93
 
 
 class MpitrainError(Exception):
@@ -43,6 +44,12 @@ class CheckpointError(MpitrainError):
     code = ExitCode.NO_CHECKPOINT
 
 
+class NoProgressError(MpitrainError):
+    """Start after start fails at the same place: another one would, too."""
+
+    code = ExitCode.NO_PROGRESS
+
+
 def code_of(error: BaseException) -> int:
     """The exit code that an error means."""
     return error.code if isinstance(error, MpitrainError) else ExitCode.FAULT
@@ -56,5 +63,5 @@ def on_all_ranks(error: MpitrainError) -> MpitrainError:
 
 def error_of(code: int, message: str) -> MpitrainError:
     """Rebuild on this rank the error that another rank met."""
-    kinds = {kind.code: kind for kind in (UsageError, DataError, CheckpointError)}
+    kinds = {kind.code: kind for kind in (UsageError, DataError, CheckpointError, NoProgressError)}
     return kinds.get(code, MpitrainError)(message)

@@ -10,12 +10,14 @@ from mpitrain import __version__
 from mpitrain.checkpoint.load import fill, holds, newest_usable, verify
 from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed, find_checkpoint
 from mpitrain.checkpoint.save import forget_after, retain, save
-from mpitrain.errors import UsageError
+from mpitrain.errors import NoProgressError, UsageError
 from mpitrain.model import linear
+from mpitrain.observe.record import STARTS
 from mpitrain.place import multiplies_by_library
 from mpitrain.run import Run
 from mpitrain.runtime.agree import any_rank, attempt_at_root, share, together
 
+MAX_STARTS_WITHOUT_PROGRESS = 3
 # Settings of `train` that do not change what is learned, or only by the number of steps, which is compared itself.
 FREE_TO_CHANGE = {
     *("device", "threads", "linear", "recompute"),
@@ -65,8 +67,19 @@ def resume(run: Run) -> None:
             best = run.directory.checkpoints / f"step-{max(0, run.progress.best_step):08d}"
             best_is_here = (best / MANIFEST).is_file()
             run.directory.write("config.json", describe_run(run))
+            refuse_to_start_in_vain(run)
     if not share(run.world, best_is_here):  # it was not kept, or stayed in another run
         run.progress.best_f1, run.progress.best_step = -1.0, -1
+
+
+def refuse_to_start_in_vain(run: Run) -> None:
+    """Raise if the last starts have not come further than this one would begin (rank 0 only)."""
+    if run.directory.count_start(run.progress.step) > MAX_STARTS_WITHOUT_PROGRESS:
+        raise NoProgressError(
+            f"{run.directory.path}: {MAX_STARTS_WITHOUT_PROGRESS} starts in a row have not come to a checkpoint after "
+            f"step {run.progress.step}: do not requeue this job, but see why they failed; "
+            f"{run.directory.path / STARTS} counts them: to try again, delete it"
+        )
 
 
 def _find_resume(run: Run) -> tuple[Path, Manifest] | None:

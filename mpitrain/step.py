@@ -128,7 +128,6 @@ class Stepper:
         self.reducer.finish()
         self._record("wait for reduce", computed)
         reduced = time.perf_counter()
-        reach("gradient", lambda: next(iter(self.optimizer.gradients()), None))
         loss, grad_norm, stop = self._agree(loss, stop)
         wire_errors = self._measure_wire()
         learning_rate = learning_rate_at(plan.step, self.num_steps, self.peak_learning_rate, self.options.warmup_ratio)

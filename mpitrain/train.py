@@ -55,6 +55,7 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
     code, reason = (ExitCode.STOPPED, f"stopped by {stopped}") if stopped else (ExitCode.DONE, "done")
     if comm.rank == 0:
         run.directory.write_exit(code, reason, run.progress.step)
+        run.directory.forget_starts()
     return code, run.directory.path
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mpitrain.checkpoint.manifest import (
     write_manifest,
 )
 from mpitrain.comm.buckets import StateSlice
+from mpitrain.errors import MpitrainError
 from mpitrain.files import file_hash, sync
 from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.failpoints import reach
@@ -52,28 +54,28 @@ def save(
         documents: small text files that make the checkpoint self-contained, written by rank 0.
 
     Raises:
-        MpitrainError: a rank could not write; nothing is committed.
+        MpitrainError: on all ranks, because one could not write: nothing is committed, what was before stays whole.
     """
     final = checkpoints / f"step-{progress.step:08d}"
     if share(comm, (final / MANIFEST).is_file()):
-        with together(comm, f"updating {final}"):
+        with together(comm, f"updating {final}"), can_be_written(final):
             if comm.rank == 0:
                 _refresh(final, progress)
         return final
     aside = checkpoints / f"{final.name}.tmp-{share(comm, secrets.token_hex(4))}"
-    with together(comm, f"making {aside}"):
+    with together(comm, f"making {aside}"), can_be_written(aside):
         reach("save.begin")
         if comm.rank == 0:
             aside.mkdir(parents=True)
     entries: dict[str, Any] = {}
     shapes: dict[str, list[int]] = {}
-    with together(comm, f"writing {aside}"):
+    with together(comm, f"writing {aside}"), can_be_written(aside):
         reach("save.slices")
         entries, shapes = _write_slices(aside / f"rank-{comm.rank:05d}.h5", list(slices))
         if comm.rank == 0:
             entries |= _write_documents(aside, documents)
     everyone = collect(comm, [entries, shapes])
-    with together(comm, f"committing {final}"):
+    with together(comm, f"committing {final}"), can_be_written(final):
         if comm.rank == 0:
             manifest = Manifest(
                 version=VERSION,
@@ -86,6 +88,18 @@ def save(
             )
             _commit(aside, final, manifest)
     return final
+
+
+@contextmanager
+def can_be_written(place: Path) -> Iterator[None]:
+    """A full disk, a quota or a directory that has vanished is nobody's bug."""
+    try:
+        yield
+    except OSError as error:
+        raise MpitrainError(
+            f"{place}: cannot be written: {error.strerror or error}; the checkpoints before it are as they were: "
+            "see to the disk, then start again"
+        ) from error
 
 
 def _refresh(final: Path, progress: Progress) -> None:

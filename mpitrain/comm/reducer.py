@@ -21,6 +21,7 @@ import torch
 from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.tree import TreeSum
 from mpitrain.observe.trace import REDUCER, Trace, now
+from mpitrain.runtime.failpoints import reach
 
 
 class GradientReducer:
@@ -102,6 +103,7 @@ class GradientReducer:
     def _arrived(self, number: int, index: int, parameter: torch.Tensor) -> None:
         if parameter.grad is None:  # put off in this backward pass (`linear.postponed`)
             return
+        reach("gradient", lambda: _values(parameter.grad))
         self._exchange.buckets[number].take(index)
         if not self._eager:
             return
@@ -130,3 +132,7 @@ class GradientReducer:
                 self._done.put(None)
             except BaseException as error:
                 self._done.put(error)
+
+
+def _values(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    return gradient._values() if gradient is not None and gradient.is_sparse else gradient

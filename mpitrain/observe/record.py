@@ -12,6 +12,7 @@ from typing import Any
 from mpitrain.errors import UsageError
 from mpitrain.files import replace_file
 
+STARTS = "starts.json"
 SECONDS_FOR_A_PREDECESSOR = 10  # a job that was killed may take a moment to be gone
 
 
@@ -48,6 +49,26 @@ class RunDirectory:
         lines = [line for line in self._metric_lines() if 0 < _step_of(line) <= step]
         replace_file(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
         (self.path / "exit.json").unlink(missing_ok=True)
+
+    def count_start(self, step: int) -> int:
+        """How many starts in a row have begun at this step, this one included; none of those before came to an end."""
+        file = self.path / STARTS
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+            number = 1 + int(before["starts"]) if before["step"] == step else 1
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # none, or damaged
+            number = 1
+        self.write(STARTS, {"step": step, "starts": number})
+        return number
+
+    def forget_starts(self) -> None:
+        """The run has come to its end."""
+        (self.path / STARTS).unlink(missing_ok=True)
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a line for a step."""

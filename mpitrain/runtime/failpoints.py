@@ -33,7 +33,7 @@ PLACES = {
     "forward": "a micro-batch begins its forward pass",
     "backward": "a micro-batch begins its backward pass",
     "reduce": "all backward passes are done, and gradients are waited for",
-    "gradient": "gradients are summed (nan, flip: in the first that this rank owns)",
+    "gradient": "a micro-batch's gradient of a parameter has come (nan, flip: in it)",
     "update": "all ranks have agreed to update",
     "evaluate": "a split is about to be scored",
     "save.begin": "a save begins",

@@ -8,12 +8,11 @@ import signal
 import time
 
 import pytest
-from examining import SEED, Exam, steps_of
+from examining import ROUNDS, SEED, Exam, steps_of
 from tiny import exit_of, ranks_of
 
 from mpitrain.runtime.failpoints import PLACES
 
-ROUNDS = int(os.environ.get("ROUNDS", "2"))
 # Where a save is struck, on which rank, and at which visit: its first, or the first that deletes something.
 STRIKES = [("save.begin", 0, 2), ("save.begin", 1, 2), ("save.slices", 0, 1), ("save.slices", 1, 2)]
 STRIKES += [("save.hash", 0, 2), ("save.hash", 1, 3), ("save.manifest", 0, 2), ("save.rename", 0, 2)]

@@ -17,6 +17,7 @@ from launching import finish, start
 from tiny import make_tiny, metrics_of, processes_of, tensors_of
 
 SEED = int(os.environ.get("SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
+ROUNDS = int(os.environ.get("ROUNDS", "2"))
 NO_HANG = 30  # seconds in which all processes must be gone
 NUM_STEPS = 6  # of which the first three are an epoch
 KEEP = 2
@@ -42,7 +43,8 @@ class Exam:
         mark = f"exam-{os.getpid()}-{next(self._marks)}"
         environment |= {"MPITRAIN_CACHE": str(self.place / "cache"), "EXAM_MARK": mark}
         words = ("-m", "mpitrain", *self._flags, "--out", out)
-        return Attempt(start(ranks, *words, cwd=self.place, **environment), f"EXAM_MARK={mark}", self.place / out)
+        process = start(ranks, *words, cwd=self.place, **environment)
+        return Attempt(process, f"EXAM_MARK={mark}", self.place / out)
 
     def run(self, ranks: int, out: str, timeout: float = 120, **environment: str) -> Any:
         """Start it and wait until all of it is gone."""

@@ -1,0 +1,149 @@
+"""Cases 9, 10, 16 and 26: signals, numbers that are not finite, a full disk, starts in vain."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from examining import NUM_STEPS, ROUNDS, SEED, Attempt, Exam, steps_of
+from tiny import exit_of, metrics_of, ranks_of, tensors_of
+
+from mpitrain.errors import ExitCode
+
+
+def wait_until(condition: Callable[[], bool], attempt: Attempt) -> None:
+    limit = time.monotonic() + 60
+    while not condition() and attempt.process.poll() is None:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def strike(attempt: Attempt, number: signal.Signals, rank: int | None) -> None:
+    """Signal the launcher, or one rank alone."""
+    os.kill(attempt.process.pid if rank is None else ranks_of(attempt.mark)[rank], number)
+
+
+def assert_stopped(reference: Exam, out: str, name: str, done: Any) -> int:
+    """A checkpoint of the step at which all ranks stopped, and the end of the run as if nothing had been; the step."""
+    run = reference.place / out
+    assert done.returncode == ExitCode.STOPPED, done.stdout + done.stderr
+    told = exit_of(run)
+    assert (told["code"], told["reason"]) == (ExitCode.STOPPED, f"stopped by {name}")
+    assert steps_of(run)[-1] == told["step"]
+    reference.finish(2, out, told["step"])
+    return int(told["step"])
+
+
+# A nap at some place of one rank, and how to see that the rank is in it.
+NAPS = {
+    "forward": ("forward:1:5=sleep0.5", lambda run: len(metrics_of(run)) >= 1),
+    "reduce": ("reduce:0:2=sleep0.5", lambda run: len(metrics_of(run)) >= 1),
+    "save": (
+        "save.slices:1:2=sleep0.5",
+        lambda run: len(metrics_of(run)) >= 2 and list(run.glob("checkpoints/*.tmp*")),
+    ),
+    "evaluate": ("evaluate:0:1=sleep0.5", lambda run: len(metrics_of(run)) >= 3),
+    "last step": ("update:1:6=sleep0.5", lambda run: len(metrics_of(run)) >= NUM_STEPS - 1),
+}
+
+
+FULL = [("save.slices", 1), ("save.hash", 1), ("save.manifest", 0), ("save.rename", 0)]
+
+
+@pytest.mark.case(9)
+@pytest.mark.parametrize("whom", [None, 0, 1])
+@pytest.mark.parametrize("where", NAPS)
+def test_a_signal_stops_all_ranks_at_one_step(reference: Exam, told, where, whom):
+    number = signal.SIGUSR1 if whom is None else signal.SIGTERM
+    nap, is_there = NAPS[where]
+    out = f"signal-{where.replace(' ', '-')}-{whom}"
+    reference.reference(2)
+    attempt = reference.begin(2, out, MPITRAIN_FAILPOINT=nap)
+    wait_until(lambda: bool(is_there(attempt.run)), attempt)
+    for _ in range(2):  # the second one changes nothing
+        strike(attempt, number, whom)
+        time.sleep(0.1)
+    step = assert_stopped(reference, out, number.name, attempt.end())
+    who = "mpirun" if whom is None else f"rank {whom}"
+    told(f"{number.name} twice to {who} during {where}", f"exit code 75 after step {step}, then to the end, bit-equal")
+
+
+@pytest.mark.case(9)
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_a_signal_at_a_random_instant(reference: Exam, told, number):
+    chance = random.Random(f"{SEED}-{number}")
+    reference.reference(2)
+    out = f"random-{number}"
+    attempt = reference.begin(2, out)
+    wait_until(lambda: attempt.run.is_dir(), attempt)
+    delay = chance.uniform(0, 1)
+    time.sleep(delay)
+    strike(attempt, signal.SIGUSR1, None)
+    done = attempt.end()
+    if done.returncode == 0:  # too late
+        step = NUM_STEPS
+        reference.finish(2, out, step)
+    else:
+        step = assert_stopped(reference, out, "SIGUSR1", done)
+    told(f"SIGUSR1 to mpirun {delay:.2f} s after the run directory was there (SEED={SEED})", f"step {step}, bit-equal")
+
+
+@pytest.mark.case(10)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_gradient_that_is_not_finite_skips_a_step_on_all_ranks(reference: Exam, told, rank):
+    out = f"nan-{rank}"
+    done = reference.run(2, out, MPITRAIN_FAILPOINT=f"gradient:{rank}:1=nan")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 1: loss or gradient is not finite; all ranks skip this update" in done.stdout
+    run = reference.place / out
+    assert [line["grad_norm"] is None for line in metrics_of(run)] == [step == 1 for step in range(1, NUM_STEPS + 1)]
+    checkpoint = run / "checkpoints" / f"step-{NUM_STEPS:08d}"
+    assert json.loads((checkpoint / "manifest.json").read_text())["progress"]["num_updates"] == NUM_STEPS - 1
+    assert all(np.isfinite(values).all() for values in tensors_of(checkpoint).values())
+    told(f"NaN in a gradient of rank {rank} at step 1", "that update skipped by all, no NaN in the checkpoint")
+
+
+@pytest.mark.case(10)
+def test_gradients_that_are_never_finite_end_the_run(reference: Exam, told):
+    done = reference.run(2, "nan-always", MPITRAIN_FAILPOINT="gradient:1=nan", MPITRAIN_TRAIN__MAX_SKIPPED_STEPS="3")
+    assert done.returncode == 70
+    assert "3 steps in a row had a loss or gradient that is not finite" in done.stderr
+    told("NaN in every gradient of rank 1", "exit code 70 after 3 skipped steps")
+
+
+@pytest.mark.case(16)
+@pytest.mark.parametrize(
+    "place, rank", [("save.slices", 1), ("save.hash", 1), ("save.manifest", 0), ("save.rename", 0)]
+)
+def test_a_full_disk_leaves_the_checkpoints_before(reference: Exam, told, place, rank):
+    out = f"full-{place}"
+    done = reference.run(2, out, MPITRAIN_FAILPOINT=f"{place}:{rank}:3=full")
+    assert done.returncode == 70
+    assert "cannot be written: No space left on device; the checkpoints before it are" in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert steps_of(reference.place / out) == [1, 2]
+    reference.finish(2, out, 2)
+    told(f"no space left at {place}, rank {rank}", "exit code 70, said so, went on from step 2, bit-equal")
+
+
+@pytest.mark.case(26)
+def test_starts_without_progress_come_to_an_end(reference: Exam, told):
+    always = {"MPITRAIN_FAILPOINT": "update:0:2=raise"}
+    codes = [reference.run(2, "in-vain", **always).returncode for _ in range(2)]
+    assert codes == [70, 70] and steps_of(reference.place / "in-vain") == [1, 2]
+    for _ in range(5):
+        done = reference.run(2, "in-vain", MPITRAIN_FAILPOINT="update:0:1=raise")
+        codes.append(done.returncode)
+    assert codes == [70, 70, 70, 70, 70, 93, 93]
+    assert "3 starts in a row have not come to a checkpoint after step 2: do not requeue" in done.stderr, done.stderr
+    assert exit_of(reference.place / "in-vain")["code"] == 93
+    (reference.place / "in-vain" / "starts.json").unlink()
+    reference.finish(2, "in-vain", 2)
+    told("a fault at the same step at every start", "exit codes 70, 70, 70, then 93; with progress counted anew")
