@@ -5,18 +5,20 @@ MPI ?= mpich
 # Never two MPIs in one environment: both bring bin/mpirun and lib/libmpi.so.
 VENV ?= $(if $(filter mpich,$(MPI)),.venv,.venv-$(MPI))
 NP ?= 8
+ROUNDS ?= 2
+SEED ?= 0
 ARGS ?=
 
 BIN = $(VENV)/bin
 RESULTS = tests/benchmarks/results
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help run test test-gpu test-hosts lint bench clean
+.PHONY: help run test exam test-gpu test-hosts lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo 'Variables: NP=8 (ranks), ARGS= (more arguments), MPI=mpich|openmpi, VENV=.venv, PYTHON=python3'
+	@echo 'Variables: NP=8 (ranks), ROUNDS=2 SEED=0 (exam), ARGS= (more arguments), MPI=mpich|openmpi, VENV=.venv, PYTHON=python3'
 
 run: $(VENV)/.installed  ## train on NP ranks; ARGS are mpitrain's arguments
 	$(BIN)/mpirun -np $(NP) $(BIN)/python -m mpitrain $(ARGS)
@@ -29,6 +31,9 @@ test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU, on 1, 2 and 4 ra
 
 test-hosts: $(VENV)/.installed-dev  ## the tests on emulated hosts with a network between them; skipped without root
 	$(BIN)/python -m pytest -m hosts tests/hosts $(ARGS)
+
+exam: $(VENV)/.installed-dev  ## kill, stop and damage runs; a table of what came of it; ROUNDS=50 SEED=1 for random instants
+	ROUNDS=$(ROUNDS) SEED=$(SEED) $(BIN)/python -m pytest tests/exam $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## style, spelling, types, import rules, shell scripts
 	$(BIN)/ruff check

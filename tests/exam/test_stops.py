@@ -1,4 +1,4 @@
-"""Cases 9, 10, 16 and 26: signals, numbers that are not finite, a full disk, starts in vain."""
+"""Cases 2, 9, 10, 16 and 26: signals, numbers that are not finite, a full disk, starts in vain."""
 
 from __future__ import annotations
 
@@ -93,6 +93,20 @@ def test_a_signal_at_a_random_instant(reference: Exam, told, number):
     else:
         step = assert_stopped(reference, out, "SIGUSR1", done)
     told(f"SIGUSR1 to mpirun {delay:.2f} s after the run directory was there (SEED={SEED})", f"step {step}, bit-equal")
+
+
+@pytest.mark.case(2)
+def test_killed_while_the_progress_of_a_checkpoint_is_written_anew(reference: Exam, told):
+    """A signal at the end of an epoch leaves a checkpoint whose evaluation comes at the next start."""
+    run = reference.place / "refreshed"
+    attempt = reference.begin(2, "refreshed", MPITRAIN_FAILPOINT="update:1:3=sleep0.5")
+    wait_until(lambda: len(metrics_of(run)) >= 2, attempt)
+    strike(attempt, signal.SIGUSR1, None)
+    assert attempt.end().returncode == ExitCode.STOPPED and steps_of(run)[-1] == 3
+    killed = reference.run(2, "refreshed", MPITRAIN_FAILPOINT="save.refresh:0:1=kill")
+    assert killed.returncode != 0 and "failpoint save.refresh on rank 0" in killed.stderr, killed.stderr
+    reference.finish(2, "refreshed", 3)
+    told("kill at save.refresh, rank 0, visit 1", "went on from step 3, bit-equal")
 
 
 @pytest.mark.case(10)
