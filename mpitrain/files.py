@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import StringConstraints
 
@@ -31,6 +32,35 @@ def file_hash(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Sink(io.FileIO):
+    """A file that HDF5 writes: HDF5 may crash the process when a write fails, so failures are kept for `check`."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Take all of it, or nothing any more."""
+        left = memoryview(data).cast("B")
+        try:
+            while left and self.error is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Of use at the end, when HDF5 knows the size."""
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def check(self) -> None:
+        """Raise the first failure, if any: to be called when HDF5 has closed the file."""
+        if self.error is not None:
+            raise self.error
 
 
 def seal(text: str) -> str:

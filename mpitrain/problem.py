@@ -166,6 +166,8 @@ def _open(config: Config, model: ModelCard | Path, directory: Path) -> tuple[Pro
     if info.label_names == ["O"]:
         raise DataError(f"{directory}: every word is tagged O, so there is nothing to learn; is the tag column right?")
     tokenizer = load_tokenizer(directory)
+    if tokenizer_hash(tokenizer) != info.tokenizer_hash:
+        raise DataError(f"{directory}: tokenizer.json: damaged; delete the directory and prepare again")
     brought = own_tokenizer(config, model)
     if brought is not None and tokenizer_hash(brought) != info.tokenizer_hash:
         raise DataError(

@@ -46,6 +46,11 @@ def resume(run: Run) -> None:
         place, manifest = found
         with together(run.world, "comparing settings"):
             _check_identity(place, manifest.identity, identity_of(run))
+    with together(run.world, "counting starts"):
+        if run.world.rank == 0:  # before a start in vain changes anything
+            refuse_to_start_in_vain(run, found[1].progress.step if found else 0)
+    if found is not None:
+        place, manifest = found
         take_up_library(run, place)
         fill(run.world, place, manifest, run.stepper.optimizer.slices())
         fill_residuals(run, place, manifest)
@@ -67,17 +72,16 @@ def resume(run: Run) -> None:
             best = run.directory.checkpoints / f"step-{max(0, run.progress.best_step):08d}"
             best_is_here = (best / MANIFEST).is_file()
             run.directory.write("config.json", describe_run(run))
-            refuse_to_start_in_vain(run)
     if not share(run.world, best_is_here):  # it was not kept, or stayed in another run
         run.progress.best_f1, run.progress.best_step = -1.0, -1
 
 
-def refuse_to_start_in_vain(run: Run) -> None:
+def refuse_to_start_in_vain(run: Run, step: int) -> None:
     """Raise if the last starts have not come further than this one would begin (rank 0 only)."""
-    if run.directory.count_start(run.progress.step) > MAX_STARTS_WITHOUT_PROGRESS:
+    if run.directory.count_start(step) > MAX_STARTS_WITHOUT_PROGRESS:
         raise NoProgressError(
             f"{run.directory.path}: {MAX_STARTS_WITHOUT_PROGRESS} starts in a row have not come to a checkpoint after "
-            f"step {run.progress.step}: do not requeue this job, but see why they failed; "
+            f"step {step}: do not requeue this job, but see why they failed; "
             f"{run.directory.path / STARTS} counts them: to try again, delete it"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
     except BaseException as error:
         # An agreed error is everybody's; any other ends the job, and this rank alone knows why.
         if directory is not None and (comm.rank == 0 or not getattr(error, "agreed", False)):
-            directory.write_exit(code_of(error), str(error) or repr(error), run.progress.step if run else 0)
+            with suppress(OSError):  # the disk may be what has failed
+                directory.write_exit(code_of(error), str(error) or repr(error), run.progress.step if run else 0)
         raise
     code, reason = (ExitCode.STOPPED, f"stopped by {stopped}") if stopped else (ExitCode.DONE, "done")
     if comm.rank == 0:

@@ -28,7 +28,7 @@ from mpitrain.checkpoint.manifest import (
 )
 from mpitrain.comm.buckets import StateSlice
 from mpitrain.errors import MpitrainError
-from mpitrain.files import file_hash, sync
+from mpitrain.files import Sink, file_hash, sync
 from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.failpoints import reach
 
@@ -63,31 +63,43 @@ def save(
                 _refresh(final, progress)
         return final
     aside = checkpoints / f"{final.name}.tmp-{share(comm, secrets.token_hex(4))}"
-    with together(comm, f"making {aside}"), can_be_written(aside):
-        reach("save.begin")
-        if comm.rank == 0:
-            aside.mkdir(parents=True)
-    entries: dict[str, Any] = {}
-    shapes: dict[str, list[int]] = {}
-    with together(comm, f"writing {aside}"), can_be_written(aside):
-        reach("save.slices")
-        entries, shapes = _write_slices(aside / f"rank-{comm.rank:05d}.h5", list(slices))
-        if comm.rank == 0:
-            entries |= _write_documents(aside, documents)
-    everyone = collect(comm, [entries, shapes])
-    with together(comm, f"committing {final}"), can_be_written(final):
-        if comm.rank == 0:
-            manifest = Manifest(
-                version=VERSION,
-                written_by=f"mpitrain {__version__}",
-                progress=progress,
-                mesh=dict(mesh),
-                identity=dict(identity),
-                tensors={name: shape for _, rank_shapes in everyone for name, shape in rank_shapes.items()},
-                files={name: entry for rank_entries, _ in everyone for name, entry in rank_entries.items()},
-            )
-            _commit(aside, final, manifest)
+    with cleared_if_in_vain(comm, aside):
+        with together(comm, f"making {aside}"), can_be_written(aside):
+            reach("save.begin")
+            if comm.rank == 0:
+                aside.mkdir(parents=True)
+        entries: dict[str, Any] = {}
+        shapes: dict[str, list[int]] = {}
+        with together(comm, f"writing {aside}"), can_be_written(aside):
+            reach("save.slices")
+            entries, shapes = _write_slices(aside / f"rank-{comm.rank:05d}.h5", list(slices))
+            if comm.rank == 0:
+                entries |= _write_documents(aside, documents)
+        everyone = collect(comm, [entries, shapes])
+        with together(comm, f"committing {final}"), can_be_written(final):
+            if comm.rank == 0:
+                manifest = Manifest(
+                    version=VERSION,
+                    written_by=f"mpitrain {__version__}",
+                    progress=progress,
+                    mesh=dict(mesh),
+                    identity=dict(identity),
+                    tensors={name: shape for _, rank_shapes in everyone for name, shape in rank_shapes.items()},
+                    files={name: entry for rank_entries, _ in everyone for name, entry in rank_entries.items()},
+                )
+                _commit(aside, final, manifest)
     return final
+
+
+@contextmanager
+def cleared_if_in_vain(comm: Comm, aside: Path) -> Iterator[None]:
+    """Give a full disk its room back at once: when all ranks fail together, nobody writes any more."""
+    try:
+        yield
+    except MpitrainError:
+        if comm.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -115,13 +127,15 @@ def _write_slices(path: Path, slices: list[StateSlice]) -> tuple[dict[str, Any],
     if not slices:
         return {}, {}
     pieces = []
-    with h5py.File(path, "w", libver="latest", locking=False) as file:
-        for piece in slices:
-            values = piece.values.detach().cpu().numpy()
-            dataset = file.create_dataset(f"{piece.kind}/{piece.name}", data=values, dtype=np.float32)
-            dataset.attrs.update(shape=piece.shape, start=piece.start, columns=piece.columns or (0, piece.shape[-1]))
-            where = {"start": piece.start, "stop": piece.stop, "columns": piece.columns}
-            pieces.append(Piece(kind=piece.kind, name=piece.name, **where))
+    with Sink(path, "w+") as sink:
+        with h5py.File(sink, "w", libver="latest") as file:
+            for piece in slices:
+                values = piece.values.detach().cpu().numpy()
+                data = file.create_dataset(f"{piece.kind}/{piece.name}", data=values, dtype=np.float32)
+                data.attrs.update(shape=piece.shape, start=piece.start, columns=piece.columns or (0, piece.shape[-1]))
+                where = {"start": piece.start, "stop": piece.stop, "columns": piece.columns}
+                pieces.append(Piece(kind=piece.kind, name=piece.name, **where))
+        sink.check()
     reach("save.hash")
     return {path.name: _entry(path, pieces)}, {piece.name: list(piece.shape) for piece in slices}
 

@@ -67,7 +67,7 @@ class TensorGroup(ABC):
         The sum is left where the own rows of `partial` were, if that is contiguous: memory less to fill, and to move.
         """
         began = perf_counter()
-        partial = partial.detach().contiguous()
+        partial = partial.detach().contiguous()  # else autograd would take the result for a view of what it knows
         self._scatter(partial)
         self.seconds += perf_counter() - began
         start, stop = cut_rows(len(partial), self.size)[self.rank]

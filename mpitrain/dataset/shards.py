@@ -20,7 +20,7 @@ from mpitrain.dataset.census import SplitSummary
 from mpitrain.dataset.recipe import Split
 from mpitrain.dataset.tokenize import Encoded
 from mpitrain.errors import DataError
-from mpitrain.files import FileName, file_hash, is_sealed, sync
+from mpitrain.files import FileName, Sink, file_hash, is_sealed, sync
 from mpitrain.runtime.agree import Comm, together
 
 IGNORED = -100  # label of [CLS], [SEP] and of all pieces of a word but the first
@@ -112,9 +112,13 @@ def open_dataset(directory: Path) -> DatasetInfo:
         raise DataError(f"{place}: {error.strerror}; a directory without it is not (or not yet) a dataset") from None
     except ValidationError as error:
         mistakes = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise DataError("\n".join([f"{place}: damaged or of another version; prepare again:", *mistakes])) from None
+        raise DataError(
+            "\n".join([f"{place}: damaged or of another version; delete {directory} and prepare again:", *mistakes])
+        ) from None
     if not is_sealed(raw):
-        raise DataError(f"{place}: damaged: its text is not the one whose sha256 is in it; prepare again")
+        raise DataError(
+            f"{place}: damaged: its text is not the one whose sha256 is in it; delete {directory} and prepare again"
+        )
     return info
 
 
@@ -135,9 +139,11 @@ def write_shard(
         "words": encoded.words.astype("<i4"),
         "sentences": (encoded.sentences + first_sentence).astype("<i8"),
     }
-    with h5py.File(path, "w", locking=False) as file:
-        for name, array in arrays.items():
-            file.create_dataset(name, data=array, track_times=False)  # a time would make each run's bytes differ
+    with Sink(path, "w+") as sink:
+        with h5py.File(sink, "w") as file:
+            for name, array in arrays.items():
+                file.create_dataset(name, data=array, track_times=False)  # a time would make each run's bytes differ
+        sink.check()
     sync(path)
     return ShardEntry(
         file=path.name,

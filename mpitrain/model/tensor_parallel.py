@@ -60,7 +60,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # Nobody else has this gradient: one product has read what was gathered, and made it.
+        # Nobody else has this gradient: products have made it, and autograd has summed it, for this call alone. A user
+        # of what was gathered must not hand its own gradient on as it is.
         return ctx.group.scatter_sum(gradient), None, None
 
 

@@ -56,12 +56,7 @@ class RunDirectory:
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
             number = 1 + int(before["starts"]) if before["step"] == step else 1
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # none, or damaged
+        except (OSError, ValueError, KeyError, TypeError):  # none or damaged
             number = 1
         self.write(STARTS, {"step": step, "starts": number})
         return number

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from mpitrain.errors import UsageError
+from mpitrain.runtime.launch import let_the_launcher_read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,9 @@ PLACES = {
     "save.discard": "an old checkpoint has lost its name, and its files are there",
     "end": "training is over, and memory is about to be given back",
 }
-FORM = re.compile(r"(?P<place>[a-z.]+)(:(?P<rank>\d+|\*)(:(?P<visit>[1-9]\d*))?)?=(?P<action>[a-z]+)(?P<value>[\d.]*)")
+FORM = re.compile(
+    r"(?P<place>[a-z.]+)(:(?P<rank>\d+|\*)(:(?P<visit>[1-9]\d*))?)?=(?P<action>[a-z]+)(?P<value>\d*\.?\d+)?"
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,14 @@ def arm(rank: int) -> None:
     _visits.clear()
     for text in filter(None, os.environ.get(VARIABLE, "").split(",")):
         found = FORM.fullmatch(text)
-        if not found or found["place"] not in PLACES or found["action"] not in (*ACTIONS, *SPOILS):
+        if (
+            not found
+            or found["place"] not in PLACES
+            or found["place"] in _armed
+            or found["action"] not in (*ACTIONS, *SPOILS)
+        ):
             raise UsageError(
-                f"{VARIABLE}: found {text!r}; place[:rank[:visit]]=action would work, with a place of "
+                f"{VARIABLE}: found {text!r}; place[:rank[:visit]]=action would work, each place once, of "
                 f"{', '.join(PLACES)} and an action of {', '.join((*ACTIONS, *SPOILS))}"
             )
         where, visit = found["rank"], found["visit"]
@@ -92,7 +100,6 @@ def arm(rank: int) -> None:
 def reach(place: str, values: Values = lambda: None) -> None:
     """This rank has come to a place; `values` gives what could be spoilt there."""
     if _armed and place in _armed:
-        assert place in PLACES
         _strike(place, _armed[place], values)
 
 
@@ -102,6 +109,7 @@ def _strike(place: str, strike: _Strike, values: Values) -> None:
         return
     with suppress(OSError):
         os.write(2, f"failpoint {place} on rank {_rank}, visit {_visits[place]}: {strike.action}\n".encode())
+        let_the_launcher_read(2)
     if strike.action in SPOILS:
         _spoil(strike.action, values())
     else:

@@ -167,9 +167,8 @@ def finish(world: Any, code: int) -> NoReturn:
     """All ranks leave together with one exit code."""
     from mpi4py import MPI
 
-    for (
-        number
-    ) in STOP_SIGNALS:  # nothing is left to stop, and Python's end would give signals their deadly default back
+    # Nothing is left to stop, and Python's end would give signals their deadly default back.
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     world.Barrier()
     sys.stdout.flush()

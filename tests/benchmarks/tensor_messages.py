@@ -49,7 +49,9 @@ class ByMPI:
     def gather_rows(self, own: torch.Tensor, num_rows: int) -> torch.Tensor:
         began = perf_counter()
         own, whole = own.contiguous(), own.new_empty(num_rows, own.shape[1])
-        sizes = [(stop - start) * own[:1].nbytes for start, stop in groups.cut_rows(num_rows, self.group.size)]
+        sizes = [
+            (stop - start) * own.shape[1] * own.itemsize for start, stop in groups.cut_rows(num_rows, self.group.size)
+        ]
         self.comm.Allgatherv([memory(own), MPI.BYTE], [memory(whole), sizes, MPI.BYTE])
         self.group.seconds += perf_counter() - began
         return whole

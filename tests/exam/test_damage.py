@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from examining import NUM_STEPS, SEED, Exam, steps_of
+from launching import mpitrain
 from mpi4py import MPI
 from tiny import exit_of
 
@@ -86,6 +87,18 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(reference: Exam, told, damag
     done = reference.finish(2, out, before)
     assert "step-00000006" in done.stdout and "falling back to the checkpoint before it" in done.stdout
     told(f"newest checkpoint: {damage}", f"said so, went on from step {before}, bit-equal")
+
+
+@pytest.mark.case(6)
+def test_another_tokenizer_beside_the_shards_is_refused(reference: Exam, told):
+    reference.reference(2)
+    dataset = next(reference.place.glob("cache/**/dataset.json")).parent
+    shards = Path(shutil.copytree(dataset, reference.place / "other"))
+    text = (shards / "tokenizer.json").read_text()
+    (shards / "tokenizer.json").write_text(text.replace('"##a"', '"##\u00e4"'))
+    done = mpitrain(2, *reference.flags, "--data", str(shards), "--out", "unread", cwd=reference.place)
+    assert done.returncode == 65 and "tokenizer.json: damaged" in done.stderr, done.stderr
+    told("a word piece in the tokenizer of the shards", "exit code 65")
 
 
 @pytest.mark.case(6)

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,6 @@ from examining import NUM_STEPS, ROUNDS, SEED, Attempt, Exam, steps_of
 from tiny import exit_of, metrics_of, ranks_of, tensors_of
 
 from mpitrain.errors import ExitCode
-
-
-def wait_until(condition: Callable[[], bool], attempt: Attempt) -> None:
-    limit = time.monotonic() + 60
-    while not condition() and attempt.process.poll() is None:
-        assert time.monotonic() < limit
-        time.sleep(0.01)
 
 
 def strike(attempt: Attempt, number: signal.Signals, rank: int | None) -> None:
@@ -50,7 +42,7 @@ NAPS = {
         lambda run: len(metrics_of(run)) >= 2 and list(run.glob("checkpoints/*.tmp*")),
     ),
     "evaluate": ("evaluate:0:1=sleep0.5", lambda run: len(metrics_of(run)) >= 3),
-    "last step": ("update:1:6=sleep0.5", lambda run: len(metrics_of(run)) >= NUM_STEPS - 1),
+    "save before the last step": ("save.slices:1:5=sleep0.5", lambda run: len(metrics_of(run)) >= NUM_STEPS - 1),
 }
 
 
@@ -66,7 +58,7 @@ def test_a_signal_stops_all_ranks_at_one_step(reference: Exam, told, where, whom
     out = f"signal-{where.replace(' ', '-')}-{whom}"
     reference.reference(2)
     attempt = reference.begin(2, out, MPITRAIN_FAILPOINT=nap)
-    wait_until(lambda: bool(is_there(attempt.run)), attempt)
+    attempt.wait_until(lambda: bool(is_there(attempt.run)))
     for _ in range(2):  # the second one changes nothing
         strike(attempt, number, whom)
         time.sleep(0.1)
@@ -82,7 +74,7 @@ def test_a_signal_at_a_random_instant(reference: Exam, told, number):
     reference.reference(2)
     out = f"random-{number}"
     attempt = reference.begin(2, out)
-    wait_until(lambda: attempt.run.is_dir(), attempt)
+    attempt.wait_until(attempt.run.is_dir)
     delay = chance.uniform(0, 1)
     time.sleep(delay)
     strike(attempt, signal.SIGUSR1, None)
@@ -99,8 +91,8 @@ def test_a_signal_at_a_random_instant(reference: Exam, told, number):
 def test_killed_while_the_progress_of_a_checkpoint_is_written_anew(reference: Exam, told):
     """A signal at the end of an epoch leaves a checkpoint whose evaluation comes at the next start."""
     run = reference.place / "refreshed"
-    attempt = reference.begin(2, "refreshed", MPITRAIN_FAILPOINT="update:1:3=sleep0.5")
-    wait_until(lambda: len(metrics_of(run)) >= 2, attempt)
+    attempt = reference.begin(2, "refreshed", MPITRAIN_FAILPOINT="save.slices:1:2=sleep0.5")
+    attempt.wait_until(lambda: len(metrics_of(run)) >= 2)
     strike(attempt, signal.SIGUSR1, None)
     assert attempt.end().returncode == ExitCode.STOPPED and steps_of(run)[-1] == 3
     killed = reference.run(2, "refreshed", MPITRAIN_FAILPOINT="save.refresh:0:1=kill")
@@ -132,17 +124,43 @@ def test_gradients_that_are_never_finite_end_the_run(reference: Exam, told):
     told("NaN in every gradient of rank 1", "exit code 70 after 3 skipped steps")
 
 
+# The limit comes once MPI has its own files.
+LIMITED = """
+import resource, sys
+from mpitrain import cli, resume
+
+save = resume.save
+def save_within_limits(*arguments, **options):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    return save(*arguments, **options)
+
+resume.save = save_within_limits
+cli.main(sys.argv[1:])
+"""
+
+
 @pytest.mark.case(16)
-@pytest.mark.parametrize(
-    "place, rank", [("save.slices", 1), ("save.hash", 1), ("save.manifest", 0), ("save.rename", 0)]
-)
+def test_a_limit_of_the_system_on_files(reference: Exam, told):
+    script = reference.place / "limited.py"
+    script.write_text(LIMITED)
+    done = reference.run(2, "limited", str(script))
+    assert done.returncode == 70, done.stdout + done.stderr
+    assert "cannot be written: " in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not any((reference.place / "limited" / "checkpoints").iterdir())
+    assert exit_of(reference.place / "limited")["code"] == 70
+    told("files of at most 64 KiB", "exit code 70, said so, nothing left over")
+
+
+@pytest.mark.case(16)
+@pytest.mark.parametrize("place, rank", FULL)
 def test_a_full_disk_leaves_the_checkpoints_before(reference: Exam, told, place, rank):
     out = f"full-{place}"
     done = reference.run(2, out, MPITRAIN_FAILPOINT=f"{place}:{rank}:3=full")
     assert done.returncode == 70
     assert "cannot be written: No space left on device; the checkpoints before it are" in done.stderr
     assert "Traceback" not in done.stderr, done.stderr
-    assert steps_of(reference.place / out) == [1, 2]
+    left = sorted(place.name for place in (reference.place / out / "checkpoints").iterdir())
+    assert left == ["step-00000001", "step-00000002"]
     reference.finish(2, out, 2)
     told(f"no space left at {place}, rank {rank}", "exit code 70, said so, went on from step 2, bit-equal")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 import pytest
@@ -73,12 +74,19 @@ def test_a_full_disk_and_a_nap(armed):
     failpoints.reach("data")
 
 
-@pytest.mark.parametrize("text", ["forward", "nowhere=kill", "forward=explode", "forward:x=kill", "forward:1:0=kill"])
+@pytest.mark.parametrize(
+    "text", ["forward", "nowhere=kill", "forward=explode", "forward:x=kill", "forward:1:0=kill", "data=sleep1..2"]
+)
 def test_a_slip_is_told(armed, text):
     with pytest.raises(UsageError, match=f"found '{text}'; .*save.begin.* an action of kill, .*flip"):
         armed(text)
 
 
+def test_a_place_is_struck_in_one_way_only(armed):
+    with pytest.raises(UsageError, match=r"found 'forward:1=raise'; .*each place once"):
+        armed("forward=kill,forward:1=raise")
+
+
 def test_every_place_is_in_the_code_once():
     code = "".join(path.read_text() for path in Path(failpoints.__file__).parents[1].rglob("*.py"))
-    assert [place for place in failpoints.PLACES if code.count(f'reach("{place}"') != 1] == []
+    assert sorted(re.findall(r'reach\("([a-z.]+)"', code)) == sorted(failpoints.PLACES)

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,21 +35,21 @@ class Exam:
     seconds: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._flags = make_tiny(self.place)
+        self.flags = make_tiny(self.place)
         for name, value in FLAGS.items():
-            self._flags += [f"--{name}", str(value)]
+            self.flags += [f"--{name}", str(value)]
 
-    def begin(self, ranks: int, out: str, **environment: str) -> Attempt:
-        """Start the training, or go on with it, in the background."""
+    def begin(self, ranks: int, out: str, *program: str, **environment: str) -> Attempt:
+        """Start the training, or go on with it, in the background, by `-m mpitrain` or another program."""
         mark = f"exam-{os.getpid()}-{next(self._marks)}"
         environment |= {"MPITRAIN_CACHE": str(self.place / "cache"), "EXAM_MARK": mark}
-        words = ("-m", "mpitrain", *self._flags, "--out", out)
+        words = (*(program or ("-m", "mpitrain")), *self.flags, "--out", out)
         process = start(ranks, *words, cwd=self.place, **environment)
         return Attempt(process, f"EXAM_MARK={mark}", self.place / out)
 
-    def run(self, ranks: int, out: str, timeout: float = 120, **environment: str) -> Any:
+    def run(self, ranks: int, out: str, *program: str, **environment: str) -> Any:
         """Start it and wait until all of it is gone."""
-        return self.begin(ranks, out, **environment).end(timeout)
+        return self.begin(ranks, out, *program, **environment).end(120)
 
     def reference(self, ranks: int) -> Path:
         """The run directory of the training without misfortune."""
@@ -85,6 +86,13 @@ class Attempt:
     process: subprocess.Popen[str]
     mark: str
     run: Path
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Or until it has ended."""
+        limit = time.monotonic() + 60
+        while not condition() and self.process.poll() is None:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
 
     def end(self, timeout: float = NO_HANG) -> Any:
         """Wait until the launcher has ended, and all it has started."""
