@@ -42,11 +42,9 @@ def identity_of(run: Run) -> dict[str, Any]:
 def resume(run: Run) -> None:
     """Take up the newest usable checkpoint if there is one, and open the run's files (collective)."""
     found = _find_resume(run)
-    if found is not None:
-        place, manifest = found
-        with together(run.world, "comparing settings"):
-            _check_identity(place, manifest.identity, identity_of(run))
-    with together(run.world, "counting starts"):
+    with together(run.world, "comparing settings"):
+        if found is not None:
+            _check_identity(found[0], found[1].identity, identity_of(run))
         if run.world.rank == 0:  # before a start in vain changes anything
             refuse_to_start_in_vain(run, found[1].progress.step if found else 0)
     if found is not None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mpitrain.errors import CheckpointError
-from mpitrain.files import FileName, is_sealed, replace_file, seal
+from mpitrain.files import FileName, is_sealed, replace_file, seal, sync
 
 VERSION = 2
 MANIFEST = "manifest.json"
@@ -113,6 +113,7 @@ def read_manifest(directory: Path) -> Manifest:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Put it in place, whole and durably."""
     replace_file(directory / MANIFEST, seal(manifest.model_copy(update={"seal": ""}).model_dump_json(indent=1)))
+    sync(directory)
 
 
 def committed(checkpoints: Path) -> list[Path]:

@@ -120,7 +120,6 @@ def _refresh(final: Path, progress: Progress) -> None:
         reach("save.refresh")
         manifest.progress = progress
         write_manifest(final, manifest)
-        sync(final)
 
 
 def _write_slices(path: Path, slices: list[StateSlice]) -> tuple[dict[str, Any], dict[str, list[int]]]:
@@ -156,7 +155,6 @@ def _entry(path: Path, pieces: list[Piece]) -> dict[str, Any]:
 def _commit(aside: Path, final: Path, manifest: Manifest) -> None:
     reach("save.manifest")
     write_manifest(aside, manifest)
-    sync(aside)
     if final.exists():  # a directory of that name without a manifest is no checkpoint
         discard(final)
     reach("save.rename")

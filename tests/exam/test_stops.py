@@ -44,8 +44,6 @@ NAPS = {
     "evaluate": ("evaluate:0:1=sleep0.5", lambda run: len(metrics_of(run)) >= 3),
     "save before the last step": ("save.slices:1:5=sleep0.5", lambda run: len(metrics_of(run)) >= NUM_STEPS - 1),
 }
-
-
 FULL = [("save.slices", 1), ("save.hash", 1), ("save.manifest", 0), ("save.rename", 0)]
 
 
@@ -167,8 +165,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(reference: Exam, told, place,
 
 @pytest.mark.case(26)
 def test_starts_without_progress_come_to_an_end(reference: Exam, told):
-    always = {"MPITRAIN_FAILPOINT": "update:0:2=raise"}
-    codes = [reference.run(2, "in-vain", **always).returncode for _ in range(2)]
+    codes = [reference.run(2, "in-vain", MPITRAIN_FAILPOINT="update:0:2=raise").returncode for _ in range(2)]
     assert codes == [70, 70] and steps_of(reference.place / "in-vain") == [1, 2]
     for _ in range(5):
         done = reference.run(2, "in-vain", MPITRAIN_FAILPOINT="update:0:1=raise")

@@ -21,8 +21,7 @@ SEED = int(os.environ.get("SEED", "0")) or random.SystemRandom().randrange(1, 10
 ROUNDS = int(os.environ.get("ROUNDS", "2"))
 NO_HANG = 30  # seconds in which all processes must be gone
 NUM_STEPS = 6  # of which the first three are an epoch
-KEEP = 2
-FLAGS = {"train.epochs": 2, "train.batch_size": 68, "checkpoint.every": 1, "checkpoint.keep": KEEP}
+FLAGS = {"train.epochs": 2, "train.batch_size": 68, "checkpoint.every": 1, "checkpoint.keep": 2}
 
 
 @dataclass
