@@ -20,6 +20,7 @@ from mpitrain.runtime import launch
 if TYPE_CHECKING:
     from mpitrain.config import Config
     from mpitrain.observe.console import Console
+    from mpitrain.runtime.watchdog import Watch
 
 COMMANDS = {
     "train": "train, evaluate, save (the default)",
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         from mpitrain.runtime.watchdog import Watch
 
         watch = Watch(world, lambda error: launch.abort(world, error, None))
-        code = run(world, command, arguments, stop)
+        code = run(world, command, arguments, stop, watch)
         watch.end()
     except BaseException as error:  # SystemExit too: the other ranks would wait for this one
         launch.abort(world, error, error.__traceback__)
@@ -130,17 +131,20 @@ def print_help(command: str) -> None:
     print(config.help_text())  # noqa: T201
 
 
-def run(world: Any, command: str, arguments: list[str], stop: launch.StopRequest) -> int:
+def run(world: Any, command: str, arguments: list[str], stop: launch.StopRequest, watch: Watch) -> int:
     """A command's exit code, the same on all ranks; errors that not all ranks share end the job instead."""
     from mpitrain.observe.console import Console
     from mpitrain.runtime import failpoints
     from mpitrain.runtime.agree import attempt
+    from mpitrain.runtime.notes import State, note
 
     console = Console(world.rank == 0, to_stderr=command == "predict")
     try:
         attempt(world, "reading the environment", lambda: failpoints.arm(world.rank))
         options, settings = attempt(world, "reading the configuration", lambda: _read_arguments(command, arguments))
         same_on_all_ranks(world, {"command": command, **vars(options), **settings.model_dump()})
+        watch.hang_timeout = settings.runtime.hang_timeout
+        note(b"loading libraries", state=State.WORKING)
         failpoints.reach("start")
         if command == "train":
             return _train(world, arguments, settings, console, stop)

@@ -19,7 +19,7 @@ from pydantic_settings import (
 )
 
 from mpitrain.errors import UsageError
-from mpitrain.sections import Checkpoint, Comm, Mesh, Pipeline, Tokenizer, Train
+from mpitrain.sections import Checkpoint, Comm, Mesh, Pipeline, Runtime, Tokenizer, Train
 
 # Variables of the program that are not fields of the configuration.
 OTHER_VARIABLES = {"MPITRAIN_CACHE", "MPITRAIN_CORPORA", "MPITRAIN_FAILPOINT"}
@@ -57,6 +57,7 @@ class Config(BaseSettings):
     tokenizer: Tokenizer = Tokenizer()
     checkpoint: Checkpoint = Checkpoint()
     comm: Comm = Comm()
+    runtime: Runtime = Runtime()
 
     @model_validator(mode="after")
     def _reproducible_sums_by_a_tree(self) -> Self:

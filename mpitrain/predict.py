@@ -25,6 +25,7 @@ from mpitrain.pipeline.executor import Executor
 from mpitrain.place import Place
 from mpitrain.problem import Problem
 from mpitrain.runtime.agree import Comm, collect, share, share_array, together
+from mpitrain.runtime.notes import State
 
 SENTENCES_AT_ONCE = 2048  # bounds rank 0's memory, whatever the input's size
 Tagged = tuple[list[str], list[str], list[float]]  # words, tags, probability of each tag
@@ -52,7 +53,7 @@ def predict(
     number = 0
     while True:
         chunk: list[list[str]] = []
-        with together(comm, "reading the input"):
+        with together(comm, "reading the input", State.LISTENING):
             if comm.rank == 0:
                 chunk = list(islice(sentences, SENTENCES_AT_ONCE))
         if not share(comm, len(chunk)):

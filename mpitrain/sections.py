@@ -141,6 +141,13 @@ class Checkpoint(Section):
     """save and keep the checkpoint with the best dev F1 too"""
 
 
+class Runtime(Section):
+    """How the job ends."""
+
+    hang_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0
+    """seconds without progress of any rank after which the job is ended, with where each rank is; 0 is never"""
+
+
 class Comm(Section):
     """How gradients travel."""
 

@@ -26,6 +26,7 @@ from mpitrain.pipeline.executor import Executor, MicroBatch
 from mpitrain.runtime.agree import collect, total
 from mpitrain.runtime.failpoints import reach
 from mpitrain.runtime.mesh import Mesh
+from mpitrain.runtime.notes import begin_step, note
 from mpitrain.sections import Train
 
 PAD = 0  # a token that every vocabulary has; what becomes of it has no part in the loss
@@ -116,6 +117,7 @@ class Stepper:
         group = self.executor.stage.group
         exchanged = group.seconds
         began = time.perf_counter()
+        begin_step(plan.step + 1)
         self.reducer.start_step(len(micro_batches))
         loss = self.executor.train(
             micro_batches,
@@ -124,10 +126,12 @@ class Stepper:
             after_backward=self.reducer.end_micro_batch,
         )
         computed, exchanged = time.perf_counter(), group.seconds - exchanged
+        note(b"sum of gradients over replicas")
         reach("reduce")
         self.reducer.finish()
         self._record("wait for reduce", computed)
         reduced = time.perf_counter()
+        note(b"vote on the update")
         loss, grad_norm, stop = self._agree(loss, stop)
         wire_errors = self._measure_wire()
         learning_rate = learning_rate_at(plan.step, self.num_steps, self.peak_learning_rate, self.options.warmup_ratio)
@@ -174,11 +178,13 @@ class Stepper:
 
     def _update(self, grad_norm: float, learning_rate: float) -> float:
         """Returns the seconds in which new weights spread."""
+        note(b"update of weights")
         reach("update")
         limit = self.options.max_grad_norm
         clip = limit / grad_norm if limit is not None and grad_norm > limit else 1.0
         self.optimizer.step(learning_rate, clip / self.loss_scale.value)
         began = time.perf_counter()
+        note(b"new weights of all ranks")
         self.exchange.spread()
         return time.perf_counter() - began
 

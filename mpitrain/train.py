@@ -22,7 +22,7 @@ from mpitrain.resume import resume, save_checkpoint
 from mpitrain.run import Run, build
 from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.failpoints import reach
-from mpitrain.runtime.launch import StopRequest, seconds_since_start
+from mpitrain.runtime.launch import StopRequest, last_words, seconds_since_start
 from mpitrain.step import StepResult
 from mpitrain.tracing import Tracing
 
@@ -35,24 +35,30 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
     """
     directory = forget_last_exit(comm, config.out)
     run: Run | None = None
-    try:
-        run = build(comm, config, console, stop, directory)
-        directory = run.directory
-        resume(run)
-        tracing = Tracing(run)
-        stopped = run_steps(run, tracing)
-        tracing.close()
-        save_checkpoint(run)
-        if not stopped:
-            report_best(run)
-        reach("end")
-        run.close()
-        comm.Barrier()  # a rank that fails until here has the last word in exit.json
-    except BaseException as error:
-        # An agreed error is everybody's; any other ends the job, and this rank alone knows why.
-        if directory is not None and (comm.rank == 0 or not getattr(error, "agreed", False)):
+
+    def write_exit(error: BaseException) -> None:
+        if directory is not None:
             with suppress(OSError):  # the disk may be what has failed
                 directory.write_exit(code_of(error), str(error) or repr(error), run.progress.step if run else 0)
+
+    try:
+        with last_words(write_exit):
+            run = build(comm, config, console, stop, directory)
+            directory = run.directory
+            resume(run)
+            tracing = Tracing(run)
+            stopped = run_steps(run, tracing)
+            tracing.close()
+            save_checkpoint(run)
+            if not stopped:
+                report_best(run)
+            reach("end")
+            run.close()
+            comm.Barrier()  # a rank that fails until here has the last word in exit.json
+    except BaseException as error:
+        # An agreed error is everybody's; any other ends the job, and this rank alone knows why.
+        if comm.rank == 0 or not getattr(error, "agreed", False):
+            write_exit(error)
         raise
     code, reason = (ExitCode.STOPPED, f"stopped by {stopped}") if stopped else (ExitCode.DONE, "done")
     if comm.rank == 0:

@@ -26,10 +26,18 @@ from mpitrain.pipeline.messages import program
 from mpitrain.pipeline.schedule import Instruction, Kind, Schedule
 from mpitrain.runtime.failpoints import reach
 from mpitrain.runtime.mesh import Mesh
+from mpitrain.runtime.notes import State, note
 
 COMPUTE = {Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT}
 POSTS = {Kind.POST_ACTIVATION, Kind.POST_GRADIENT}
 ACTIVATION, GRADIENT = 0, 1  # what enters a chunk from the one before and from the one behind
+PARTNERS = {  # direction of a message, and whether it is sent
+    Kind.RECEIVE_ACTIVATION: (ACTIVATION, False),
+    Kind.RECEIVE_GRADIENT: (GRADIENT, False),
+    Kind.SEND_ACTIVATION: (ACTIVATION, True),
+    Kind.SEND_GRADIENT: (GRADIENT, True),
+}
+WORDS = {kind: kind.value.encode() for kind in Kind}
 
 
 @dataclass(frozen=True)
@@ -140,12 +148,22 @@ class Executor:
         self._flights = [[_Flight() for _ in micro_batches] for _ in self._places]
         self.seconds_waited = self.seconds_computed = 0.0
         for instruction in program(self._schedule, self._mesh.stage, len(micro_batches), train=train):
+            self._note(instruction)
             began, began_to_compute = now(), time.thread_time()
             self._carry_out[instruction.kind](instruction.chunk, instruction.micro_batch)
             if instruction.kind in COMPUTE:  # without what other ranks take of a core that they share
                 self.seconds_computed += time.thread_time() - began_to_compute
             if self.trace is not None and instruction.kind not in POSTS:
                 self._record(self.trace, instruction, began)
+
+    def _note(self, instruction: Instruction) -> None:
+        peer, state = -1, State.MOVING
+        if instruction.kind in COMPUTE and self._mesh.num_tensor == 1:  # else it waits for others in between
+            state = State.WORKING
+        if instruction.kind in PARTNERS:
+            direction, sending = PARTNERS[instruction.kind]
+            peer = self._mesh.rank_of(self._neighbour(instruction.chunk, direction, sending=sending)[0])
+        note(WORDS[instruction.kind], instruction.micro_batch, peer, instruction.chunk, state)
 
     @staticmethod
     def _record(trace: Trace, instruction: Instruction, began: int) -> None:

@@ -16,6 +16,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpitrain.errors import ExitCode, MpitrainError, error_of, on_all_ranks
+from mpitrain.runtime.notes import State, note, wait
 
 Comm = MPI.Intracomm
 T = TypeVar("T")
@@ -39,6 +40,7 @@ def share(comm: Comm, value: Any, root: int = 0) -> Any:
     """Root's JSON value on every rank. Only root's argument counts."""
     text = _encoded(value) if comm.rank == root else np.empty(0, np.uint8)
     size = np.array([text.size], np.int64)
+    wait()
     comm.Bcast(size, root)
     buffer = text.copy() if comm.rank == root else np.empty(size[0], np.uint8)
     comm.Bcast([buffer, MPI.BYTE], root)
@@ -49,6 +51,7 @@ def collect(comm: Comm, value: Any) -> list[Any]:
     """Everyone's JSON value, in rank order, on every rank."""
     text = _encoded(value)
     sizes = np.empty(comm.size, np.int64)
+    wait()
     comm.Allgather(np.array([text.size], np.int64), sizes)
     buffer = np.empty(int(sizes.sum()), np.uint8)
     starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -59,6 +62,7 @@ def collect(comm: Comm, value: Any) -> list[Any]:
 def gather(comm: Comm, value: Any) -> list[Any]:
     """Everyone's JSON value, in rank order, on rank 0; nothing on others. For what is too large for `collect`."""
     text = _encoded(value)
+    wait()
     if comm.rank > 0:
         comm.Send(np.array([text.size], np.int64), 0)
         comm.Send([text, MPI.BYTE], 0)
@@ -75,6 +79,7 @@ def gather(comm: Comm, value: Any) -> list[Any]:
 def total(comm: Comm, values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Element-wise sum over ranks, in rank order, so that the bits are the same on every rank and in every run."""
     everyone = np.empty((comm.size, *values.shape))
+    wait()
     comm.Allgather(values, everyone)
     return np.asarray(everyone.sum(axis=0), np.float64)
 
@@ -85,18 +90,21 @@ def any_rank(comm: Comm, flag: bool) -> bool:
 
 
 @contextmanager
-def together(comm: Comm, what: str) -> Iterator[None]:
+def together(comm: Comm, what: str, state: State = State.WORKING) -> Iterator[None]:
     """Run a section that may fail on some ranks only; leave it on all ranks, or raise on all of them.
 
     The section itself must not hold a collective call that a failed rank would miss. The error raised
     everywhere is that of the lowest failed rank. What is not an `MpitrainError` keeps its traceback on the
-    rank where it happened and reaches the others as a fault that names that rank.
+    rank where it happened and reaches the others as a fault that names that rank. However long the section
+    takes, it is no hang as long as `state` says so.
     """
     error: Exception | None = None
+    note(what.encode(), state=state)
     try:
         yield
     except Exception as caught:
         error = caught
+    note(f"vote after {what}".encode())
     mine = None if error is None else [getattr(error, "code", ExitCode.FAULT), f"{error}" or repr(error)]
     if not any_rank(comm, error is not None):
         return

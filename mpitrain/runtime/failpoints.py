@@ -7,6 +7,7 @@ place that nobody has asked for costs a look into an empty dictionary.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -137,6 +138,12 @@ def _raise(value: float) -> NoReturn:
     raise RuntimeError("a fail-point struck")
 
 
+def _work(value: float) -> None:
+    limit = time.monotonic() + value
+    while time.monotonic() < limit:
+        pass
+
+
 def _fill_disk(value: float) -> NoReturn:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -149,5 +156,8 @@ ACTIONS: dict[str, Callable[[float], object]] = {
     "leave": lambda value: sys.exit(3),
     "vanish": lambda value: os._exit(3),
     "full": _fill_disk,
+    # While Python's lock is held, so that no other thread of this rank gets a turn.
+    "hold": lambda value: ctypes.PyDLL(None).sleep(int(value)),
+    "work": _work,
 }
 SPOILS = ("nan", "flip")

@@ -13,7 +13,8 @@ import termios
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -140,6 +141,19 @@ def install_abort_hooks(world: Any) -> None:
     threading.excepthook = lambda args: report(args.exc_type, args.exc_value, args.exc_traceback)
 
 
+_last_words: list[Callable[[BaseException], object]] = []
+
+
+@contextmanager
+def last_words(say: Callable[[BaseException], object]) -> Iterator[None]:
+    """Have `say` be called with the cause if this rank, in whatever thread, ends the job meanwhile."""
+    _last_words.append(say)
+    try:
+        yield
+    finally:
+        _last_words.remove(say)
+
+
 def abort(world: Any, error: BaseException, trace: TracebackType | None) -> NoReturn:
     """Print the cause with this rank's number and take all ranks down with its exit code."""
     if isinstance(error, MpitrainError):
@@ -150,6 +164,9 @@ def abort(world: Any, error: BaseException, trace: TracebackType | None) -> NoRe
     with suppress(OSError):  # a closed standard error must not keep the others waiting
         os.write(2, text.encode(errors="replace"))
         let_the_launcher_read(2)
+    for say in _last_words:
+        with suppress(Exception):  # the disk may be what has failed
+            say(error)
     world.Abort(code_of(error))
     os._exit(ExitCode.FAULT)  # Abort need not return; if it does, this rank at least is gone
 

@@ -38,6 +38,10 @@ class Mesh:
     stage: int
     tensor: int
 
+    def rank_of(self, stage: int) -> int:
+        """World rank at a stage of this replica, with this rank's tensor index."""
+        return (self.replica * self.num_stages + stage) * self.num_tensor + self.tensor
+
     def free(self) -> None:
         """Give the communicators back (collective)."""
         for comm in (self.tensor_axis, self.pipe_axis, self.data_axis, self.world):

@@ -1,59 +1,103 @@
-"""Each rank watches over the next one of its node: who waits for the dead waits for ever, if nobody tells.
+"""Each rank watches its node: who waits for a rank that is dead or stuck waits for ever, if nobody tells.
 
 Launchers end a job when they notice a death, but not all do, nor always: srun does with --kill-on-bad-exit alone, and
 MPICH 5's mpirun does not if it collects a rank that left without a signal before it reads that its socket was closed.
-Looking costs nothing: it is done once a second, at one line of proc(5). A death that no rank of the same node survives
-is the launcher's to notice.
+So each rank looks at the next one of its node, once a second. A death that no rank of the same node survives is the
+launcher's to notice.
+
+A hang nobody else notices. All ranks write down what they do (`notes`); when none of the whole job has got on for
+too long, the first rank of each node that still answers calls the roll and ends the job.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
-
-from mpi4py import MPI
+from contextlib import suppress
 
 from mpitrain.errors import MpitrainError
-from mpitrain.runtime.agree import Comm, collect
-from mpitrain.runtime.launch import start_of
+from mpitrain.runtime import notes
+from mpitrain.runtime.agree import Comm, any_rank
+from mpitrain.runtime.gossip import Gossip
+from mpitrain.runtime.notes import State
+from mpitrain.runtime.rollcall import Board, call_the_roll, describe_stacks
 
 LOOK_EVERY = 1.0  # seconds
 GRACE = 5.0  # seconds for the launcher, which knows the exit code
+HANG_TIMEOUT = 600.0  # until the configuration is known
+WORKS = 5e-3  # share of a core that a process takes at least when it works
 
 
 class Watch:
-    """A thread that calls `alarm` with an error if the next rank of the node is gone, until `end`."""
+    """A thread that calls `alarm` with an error if the next rank of the node is gone or all ranks hang, until `end`.
+
+    Attributes:
+        hang_timeout: seconds without progress of any rank that count as a hang; 0 is for ever.
+    """
 
     def __init__(self, world: Comm, alarm: Callable[[MpitrainError], object]) -> None:
         """Begin (collective)."""
-        node = Comm(world.Split_type(MPI.COMM_TYPE_SHARED))
-        pid = os.getpid()
-        everyone = collect(node, [world.rank, pid, start_of(pid)])
-        self._start: int | None
-        self._neighbour, self._pid, self._start = everyone[(node.rank + 1) % node.size]
-        self._alarm, self._ended = alarm, threading.Event()
-        node.Free()
+        self.hang_timeout = HANG_TIMEOUT
+        self._board = Board(world)
+        ranks, node = self._board.ranks, self._board.node
+        self._gossip = Gossip(world) if any_rank(world, node.size < world.size) else None
+        self._neighbour = ranks[(node.rank + 1) % node.size]
         # Containers of their own number processes of their own: such a neighbour cannot be seen.
-        if self._neighbour != world.rank and self._lives():
-            threading.Thread(target=self._look, name="watch", daemon=True).start()
-
-    def _lives(self) -> bool:
-        # Told by its start: the number of a process can be given to a new one.
-        return self._start is not None and start_of(self._pid) == self._start
+        self._sees = self._neighbour is not self._board.own and self._neighbour.lives()
+        self._seconds_for_news = 1 + LOOK_EVERY * world.size.bit_length() if self._gossip else 0.0
+        self._alarm, self._ended = alarm, threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread.start()
 
     def _look(self) -> None:
-        while self._lives():
-            if self._ended.wait(LOOK_EVERY):
+        now, worked, before = time.monotonic(), 0.0, [rank.progress() for rank in self._board.ranks]
+        idle, gone = 0.0, 0.0
+        while not self._ended.wait(LOOK_EVERY):
+            # Not more: a job may be suspended as a whole, and go on later.
+            elapsed, now = min(time.monotonic() - now, 2 * LOOK_EVERY), time.monotonic()
+            used, worked = time.process_time() - time.thread_time() - worked, time.process_time() - time.thread_time()
+            self._board.beat(alive=self._is_alive(used > WORKS * elapsed))
+            progress = [rank.progress() for rank in self._board.ranks]
+            moved, before = progress != before, progress
+            if self._gossip is not None:
+                moved = self._gossip.exchange(moved)
+            idle = 0.0 if moved else idle + elapsed
+            gone = gone + elapsed if self._sees and not self._neighbour.lives() else 0.0
+            found = self._find_fault(idle, gone)
+            if found is not None:
+                self._alarm(found)
                 return
-        if not self._ended.wait(GRACE):
-            self._alarm(
-                MpitrainError(
-                    f"rank {self._neighbour} (process {self._pid} of this node) is gone, and the launcher has not "
-                    "ended the job"
-                )
+
+    def _is_alive(self, computes: bool) -> bool:
+        """Whether this rank gets on though it notes nothing new."""
+        state = notes.read(self._board.own.memory).state
+        return state == State.LISTENING or (state == State.WORKING and computes)
+
+    def _find_fault(self, idle: float, gone: float) -> MpitrainError | None:
+        if gone > GRACE:
+            return MpitrainError(
+                f"rank {self._neighbour.number} (process {self._neighbour.pid} of this node) is gone, and the launcher "
+                "has not ended the job"
             )
+        if self.hang_timeout and idle >= self.hang_timeout and self._board.speaks():
+            roll = call_the_roll(self._board.ranks)  # before any rank that was stopped goes on
+            error = MpitrainError(
+                f"no rank has made progress for {self.hang_timeout:g} s (--runtime.hang_timeout); {roll}"
+            )
+            # At once where there are other nodes: the first of them to end the job ends it for all.
+            found = [roll] if self._gossip else []
+            with suppress(OSError):
+                os.write(2, "\n".join([*found, describe_stacks(self._board.ranks), ""]).encode())
+            self._ended.wait(self._seconds_for_news)  # in which other nodes come to the same, and say it
+            return error
+        return None
 
     def end(self) -> None:
-        """Look no more: to be called by all ranks before the first of them may leave."""
+        """Look no more (collective, and before the first rank may leave)."""
         self._ended.set()
+        self._thread.join()
+        if self._gossip is not None:
+            self._gossip.close()
+        self._board.close()

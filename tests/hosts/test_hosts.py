@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 from hosts import Hosts, obstacle
 from launching import begin, finish
-from tiny import make_tiny, processes_of
+from tiny import exit_of, make_tiny, processes_of
 
 pytestmark = pytest.mark.hosts
 SECONDS = 30  # until a job must have ended
 LIMIT = 180  # for what takes seconds where cores are free
+# Launchers do not hand all variables on to other hosts.
+AS_RANK = "import os; os.environ['MPITRAIN_FAILPOINT'] = {!r}; from mpitrain.cli import main; main()"
 SCRIPT = str(Path(__file__).parents[1] / "support" / "train_on_hosts.py")
 
 
@@ -99,6 +102,25 @@ def test_a_host_whose_ranks_are_killed_ends_the_job_on_all_hosts(hosts, tmp_path
     while left := [pid for name in hosts.names for pid in hosts.processes(name)]:
         assert time.monotonic() < limit, left
         time.sleep(0.1)
+
+
+def test_a_rank_that_is_stopped_is_named_by_its_own_host(hosts, tmp_path):
+    program = ("-m", "mpitrain", *make_tiny(tmp_path), "--out", "run", "--runtime.hang_timeout", "5")
+    line = hosts.command((2, 2), "-c", AS_RANK.format("reduce:3:2=stop"), *program[2:], cwd=tmp_path)
+    done = finish(begin(line, tmp_path), LIMIT)
+    assert done.returncode != 0
+    assert exit_of(tmp_path / "run")["code"] == 70
+    assert re.search("1 of 2 ranks on host2 are at: step 2, ", done.stderr), done.stderr
+    assert re.search(r"^  rank 3: step 2, .*: stopped by a signal", done.stderr, re.M), done.stderr
+    assert re.search("2 of 2 ranks on host1 are at: step 2, ", done.stderr), done.stderr
+
+
+def test_other_hosts_know_that_a_rank_works_long(hosts, tmp_path):
+    program = (*make_tiny(tmp_path), "--train.max_steps", "2", "--runtime.hang_timeout", "5")
+    line = hosts.command((2, 1, 1), "-c", AS_RANK.format("save.slices:0:1=work12"), *program, cwd=tmp_path)
+    done = finish(begin(line, tmp_path), LIMIT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "save.slices on rank 0, visit 1: work" in done.stderr
 
 
 def test_a_link_that_is_cut_for_three_seconds_changes_no_number(hosts, tmp_path):

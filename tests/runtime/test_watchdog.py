@@ -12,7 +12,11 @@ from collections.abc import Iterator
 import pytest
 from mpi4py import MPI
 
-from mpitrain.runtime import launch, watchdog
+from mpitrain.runtime import launch, notes, watchdog
+from mpitrain.runtime.agree import collect
+from mpitrain.runtime.gossip import Gossip
+from mpitrain.runtime.notes import State
+from mpitrain.runtime.rollcall import Board
 from mpitrain.runtime.watchdog import Watch
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -66,9 +70,6 @@ def test_who_has_ended_the_watch_hears_of_no_death(child):
     assert len(watchers()) == 1
     watch.end()
     wait_until_all_look(world, collected=True, child=child)
-    limit = time.monotonic() + 20
-    while watchers() and time.monotonic() < limit:
-        time.sleep(0.01)
     assert (watchers(), said) == ([], [])
 
 
@@ -88,9 +89,72 @@ def test_a_neighbour_that_cannot_be_seen_is_not_taken_for_dead(child, monkeypatc
     monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)  # more than Linux gives
     said = []
     watch = Watch(MPI.COMM_WORLD, said.append)
-    assert watchers() == []
+    wait_until_all_look(MPI.COMM_WORLD, collected=True, child=child)
+    time.sleep(0.5)
     watch.end()
-    MPI.COMM_WORLD.Barrier()
+    assert said == []
+
+
+class Hang:
+    """A watch that loses patience soon, and what it has said."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, gossip: bool) -> None:
+        monkeypatch.setattr(watchdog, "LOOK_EVERY", 0.05)
+        monkeypatch.setattr(watchdog, "GRACE", 60)
+        if gossip:  # as if each rank had a host of its own
+            monkeypatch.setattr(watchdog, "Board", lambda world: Board(MPI.COMM_SELF))
+        self.said: list[str] = []
+        self.watch = Watch(MPI.COMM_WORLD, lambda error: self.said.append(str(error)))
+        if gossip:
+            self.watch._gossip = Gossip(MPI.COMM_WORLD)
+        self.watch.hang_timeout = 2.0
+
+    def end(self) -> list[str]:
+        """What all ranks have said."""
+        MPI.COMM_WORLD.Barrier()
+        self.watch.end()
+        return [text for said in collect(MPI.COMM_WORLD, self.said) for text in said]
+
+
+@pytest.mark.parametrize("gossip", [False, True])
+def test_as_long_as_one_rank_notes_something_nobody_hangs(monkeypatch, gossip):
+    hang, last = Hang(monkeypatch, gossip=gossip), MPI.COMM_WORLD.size - 1
+    limit = time.monotonic() + 5
+    while time.monotonic() < limit:
+        if MPI.COMM_WORLD.rank == last:
+            notes.note(b"busy")
+        time.sleep(0.1)
+    assert hang.end() == []
+
+
+@pytest.mark.parametrize("gossip", [False, True])
+def test_when_no_rank_notes_anything_each_node_calls_its_roll(monkeypatch, gossip):
+    hang, rank = Hang(monkeypatch, gossip=gossip), MPI.COMM_WORLD.rank
+    notes.note(b"this" if rank == 1 else b"that", peer=0 if rank == 1 else -1)
+    time.sleep(4)
+    said = hang.end()
+    assert len(said) == (MPI.COMM_WORLD.size if gossip else 1), said
+    assert all("no rank has made progress for 2 s" in text for text in said)
+    assert sum(": this, with rank 0" in text for text in said) == 1, said
+
+
+@pytest.mark.parametrize(
+    "state, works, hangs",
+    [
+        (State.WORKING, True, False),
+        (State.WORKING, False, True),
+        (State.MOVING, True, True),
+        (State.LISTENING, False, False),
+    ],
+)
+def test_what_counts_as_progress(monkeypatch, state, works, hangs):
+    hang = Hang(monkeypatch, gossip=False)
+    notes.note(b"long", state=state)
+    limit = time.monotonic() + 4
+    while time.monotonic() < limit:
+        if not works:
+            time.sleep(4)
+    assert bool(hang.end()) == hangs
 
 
 def test_a_process_is_known_by_its_start():

@@ -1,0 +1,67 @@
+"""Case 14: a rank makes no more progress; and one that only takes long is left alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+
+import pytest
+from examining import Exam
+from tiny import exit_of, metrics_of, ranks_of
+
+TIMEOUT = 3
+FLAGS = ("--runtime.hang_timeout", str(TIMEOUT))
+SLACK = 10  # seconds within which all must be over after the time-out
+# Where a rank gets stuck, how, and as what its phase is told.
+HANGS = [
+    ("forward:1:5", "stop", "step 3, forward of micro-batch"),
+    ("reduce:0:2", "stop", "step 2, sum of gradients over replicas"),
+    ("save.slices:1:2", "stop", "step 2, writing"),
+    ("evaluate:1:1", "stop", "step 3"),
+    ("start:1", "stop", "loading libraries"),
+    ("backward:1:6", "hold1000", "step 3, backward of micro-batch"),
+    ("update:0:3", "sleep1000", "step 3, update of weights"),
+    ("save.manifest:0:1", "hold1000", "step 1, committing"),
+]
+
+
+@pytest.mark.case(14)
+@pytest.mark.parametrize("place, action, phase", HANGS)
+def test_a_rank_that_hangs_is_named(reference: Exam, told, place, action, phase):
+    out, rank = f"hang-{place}".replace(":", "-"), place.split(":")[1]
+    attempt = reference.begin(2, out, "-m", "mpitrain", *FLAGS, MPITRAIN_FAILPOINT=f"{place}={action}")
+    done = attempt.end(60)
+    assert done.returncode == 70, done.stderr
+    assert re.search(rf"no rank has made progress for {TIMEOUT} s .* 1 of 2 ranks on ", done.stderr), done.stderr
+    assert re.search(rf"^  rank {rank}: {phase}", done.stderr, re.M), done.stderr
+    assert f"stacks of rank {rank}:" in done.stderr, done.stderr
+    assert action == "stop" or "in reach" in done.stderr, done.stderr  # who was stopped has gone on for a moment
+    assert ("stopped by a signal" in done.stderr) == (action == "stop")
+    if not place.startswith("start"):
+        assert exit_of(attempt.run)["code"] == 70
+    told(f"{action} at {place}", "named with phase and stacks, exit code 70")
+
+
+@pytest.mark.case(14)
+@pytest.mark.parametrize("rank", range(4))
+def test_a_rank_stopped_from_outside_ends_the_job_in_time(reference: Exam, told, rank):
+    attempt = reference.begin(4, f"stopped-{rank}", "-m", "mpitrain", *FLAGS, "--mesh.pipe", "2")
+    attempt.wait_until(lambda: len(metrics_of(attempt.run)) >= 2)
+    os.kill(ranks_of(attempt.mark)[rank], signal.SIGSTOP)
+    began = time.monotonic()
+    done = attempt.end(TIMEOUT + SLACK)
+    took = time.monotonic() - began
+    assert done.returncode == 70, done.stderr
+    assert re.search(rf"^  rank {rank}: step .*stopped by a signal", done.stderr, re.M), done.stderr
+    told(f"SIGSTOP of rank {rank} of 4, 2 of them stages", f"exit code 70 after {took:.1f} s, time-out {TIMEOUT} s")
+
+
+@pytest.mark.case(14)
+@pytest.mark.parametrize("place", ["start:1", "forward:0:1", "save.slices:1:1", "save.manifest:0:2"])
+def test_who_works_long_is_left_alone(reference: Exam, told, place):
+    out = f"long-{place}".replace(":", "-")
+    done = reference.run(2, out, "-m", "mpitrain", *FLAGS, MPITRAIN_FAILPOINT=f"{place}=work{2 * TIMEOUT + 1}")
+    assert done.returncode == 0, done.stderr
+    told(f"{2 * TIMEOUT + 1} s of work at {place}", f"exit code 0 with a time-out of {TIMEOUT} s")
