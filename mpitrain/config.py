@@ -132,7 +132,7 @@ def _is_field(variable: str) -> bool:
     for part in path[:-1]:
         kind = fields[part].annotation if part in fields else None
         fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
-    return path[-1] in fields
+    return path[-1] in {field.alias or name for name, field in fields.items()}
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from pydantic import StringConstraints
 
 from mpitrain.errors import UsageError
 
+PIECE = 1 << 22  # bytes that are hashed and written at a time
+
 # No separators, so no name leads out of the directory; no leading dot, so neither "." nor ".." is a name.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=128)]
 
@@ -61,6 +63,61 @@ class Sink(io.FileIO):
         """Raise the first failure, if any: to be called when HDF5 has closed the file."""
         if self.error is not None:
             raise self.error
+
+
+class Image(io.RawIOBase):
+    """A file in memory, for HDF5 to write; the memory is kept, because fresh pages are slow to touch."""
+
+    def __init__(self) -> None:
+        """An empty file."""
+        self._memory = bytearray()
+        self._size = self._at = 0
+
+    def reserve(self, num_bytes: int) -> None:
+        """Have room for so many; more are taken as they are written, which is slower."""
+        if num_bytes > len(self._memory):
+            self._memory = bytearray(num_bytes)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the file."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """The place in the file."""
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Read from there on."""
+        found = memoryview(self._memory)[self._at : min(self._size, self._at + len(buffer))]
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+    def write(self, data: Any) -> int:
+        """Write from there on."""
+        end = self._at + len(data)
+        if end > len(self._memory):
+            self._memory.extend(bytes(end - len(self._memory)))
+        memoryview(self._memory)[self._at : end] = data
+        self._at, self._size = end, max(self._size, end)
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        """End the file there."""
+        self._size = self._at if size is None else size
+        self.reserve(self._size)
+        return self._size
+
+    def store(self, path: Path) -> str:
+        """Write it to a file that may not have reached the disk then; its sha256, in hex."""
+        found, whole = hashlib.sha256(), memoryview(self._memory)[: self._size]
+        with path.open("wb") as file:
+            for start in range(0, len(whole), PIECE):
+                part = whole[start : start + PIECE]
+                found.update(part)
+                file.write(part)
+        return found.hexdigest()
 
 
 def seal(text: str) -> str:

@@ -135,6 +135,7 @@ def need_of(
         num_parameters = sum(sizes[block] for block in blocks)
         least = max(least, state_bytes(num_parameters, data, options.precision, sharing=data))
         state = state_bytes(num_parameters, data, options.precision)
+        state += num_parameters * (MASTER + MOMENTS) // data * config.checkpoint.asynchronous  # a save's copy of it
         expected = max(expected, PROGRAM + state + round(kept * len(blocks) * of_a_layer))
     return Need(least, expected)
 

@@ -9,7 +9,7 @@ from typing import Any
 from mpitrain import __version__
 from mpitrain.checkpoint.load import fill, holds, newest_usable, verify
 from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed, find_checkpoint
-from mpitrain.checkpoint.save import forget_after, retain, save
+from mpitrain.checkpoint.save import forget_after
 from mpitrain.errors import NoProgressError, UsageError
 from mpitrain.model import linear
 from mpitrain.observe.record import STARTS
@@ -187,14 +187,12 @@ def _check_identity(place: Path, then: dict[str, Any], now: dict[str, Any]) -> N
 
 
 def save_checkpoint(run: Run) -> None:
-    """Commit the present state, then delete what is no longer to be kept (collective)."""
+    """Save the present state, and delete what is no longer to be kept then (collective)."""
     progress, stepper = run.progress, run.stepper
     progress.num_updates = stepper.num_updates
     progress.loss_scale, progress.good_steps = stepper.loss_scale.value, stepper.loss_scale.good_steps
     mesh = run.place.mesh
-    save(
-        run.world,
-        run.directory.checkpoints,
+    run.saver.save(
         [*stepper.optimizer.slices(once=True), *stepper.exchange.residuals(run.world.rank)],
         progress=progress,
         mesh={"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": mesh.num_tensor},
@@ -203,10 +201,8 @@ def save_checkpoint(run: Run) -> None:
             "config.json": json.dumps(describe_run(run), indent=1),
             "tokenizer.json": run.problem.tokenizer_json,
         },
+        keep=run.config.checkpoint.keep,
     )
-    with together(run.world, "deleting old checkpoints"):
-        if run.world.rank == 0:
-            retain(run.directory.checkpoints, run.config.checkpoint.keep, progress.best_step)
 
 
 def describe_run(run: Run) -> dict[str, Any]:

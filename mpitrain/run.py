@@ -11,6 +11,7 @@ import torch
 
 from mpitrain.checkpoint.manifest import Progress, find_checkpoint
 from mpitrain.checkpoint.save import clear_left_overs
+from mpitrain.checkpoint.saver import Saver
 from mpitrain.comm.buckets import fill_buckets
 from mpitrain.comm.choice import choose_exchange
 from mpitrain.config import Config
@@ -47,6 +48,7 @@ class Run:
     num_steps: int
     splits: dict[str, Split]
     stepper: Stepper
+    saver: Saver
     stop: StopRequest
     progress: Progress = field(default_factory=Progress)
     scores: dict[str, Scores] = field(default_factory=dict)  # by split, of the present weights
@@ -58,6 +60,7 @@ class Run:
 
     def close(self) -> None:
         """Give threads, memory and communicators back (collective)."""
+        self.saver.close()
         self.stepper.close()
         self.place.close()
 
@@ -75,7 +78,8 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claim
     stepper = build_stepper(config, problem, place, console, num_steps=num_steps, peak=peak)
     say_plan(console, config, plan, num_steps, peak)
     directory = open_run_directory(comm, config, console, claimed)
-    return Run(config, console, problem, place, directory, plan, num_steps, splits, stepper, stop)
+    saver = Saver(place.mesh.world, directory.checkpoints, asynchronous=config.checkpoint.asynchronous)
+    return Run(config, console, problem, place, directory, plan, num_steps, splits, stepper, saver, stop)
 
 
 def build_stepper(

@@ -36,7 +36,7 @@ Axis = Annotated[PositiveInt | None, BeforeValidator(lambda value: None if value
 class Section(BaseModel):
     """A part of the configuration; the text under a field is its help."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, serialize_by_alias=True)
 
 
 class Mesh(Section):
@@ -139,6 +139,8 @@ class Checkpoint(Section):
     """newest checkpoints that are kept"""
     best: bool = True
     """save and keep the checkpoint with the best dev F1 too"""
+    asynchronous: Annotated[bool, Field(alias="async")] = True
+    """write from a copy in memory, 12 bytes a parameter over all replicas, while the training goes on"""
 
 
 class Runtime(Section):

@@ -41,6 +41,7 @@ class StepResult:
         grad_norm: global norm before clipping.
         updated: False if a gradient was not finite and all ranks skipped the update together.
         stop: some rank was asked to stop.
+        ready: all ranks were.
         seconds: of this rank, by part of the step; `tensor`, in messages of its tensor group, is a part of
             `forward_backward`, `gather` one of `update`; `reduce_hidden` ran beside others.
         wire_errors: by stage and bucket, the norm of all rounding errors on the wire by that of the sum; empty if
@@ -52,6 +53,7 @@ class StepResult:
     learning_rate: float
     updated: bool
     stop: bool
+    ready: bool
     seconds: dict[str, float]
     wire_errors: list[list[float]]
 
@@ -112,8 +114,17 @@ class Stepper:
             loaded.append(MicroBatch(layout, _tensor(tokens, device), _tensor(labels, device), dropout))
         return loaded
 
-    def run(self, plan: StepPlan, micro_batches: Sequence[MicroBatch], stop: bool) -> StepResult:
-        """Train on this replica's micro-batches of `plan` (collective over the mesh)."""
+    def run(
+        self, plan: StepPlan, micro_batches: Sequence[MicroBatch], *, stop: bool = False, ready: bool = False
+    ) -> StepResult:
+        """Train on this replica's micro-batches of `plan` (collective over the mesh).
+
+        Args:
+            plan: the step.
+            micro_batches: as `load` gives them.
+            stop: this rank was asked to stop.
+            ready: this rank is ready for something that all ranks do together.
+        """
         group = self.executor.stage.group
         exchanged = group.seconds
         began = time.perf_counter()
@@ -132,7 +143,7 @@ class Stepper:
         self._record("wait for reduce", computed)
         reduced = time.perf_counter()
         note(b"vote on the update")
-        loss, grad_norm, stop = self._agree(loss, stop)
+        loss, grad_norm, stop, ready = self._agree(loss, stop, ready)
         wire_errors = self._measure_wire()
         learning_rate = learning_rate_at(plan.step, self.num_steps, self.peak_learning_rate, self.options.warmup_ratio)
         updated = math.isfinite(grad_norm) and math.isfinite(loss)
@@ -148,13 +159,14 @@ class Stepper:
             "update": time.perf_counter() - reduced,
             "gather": gathering,
         }
-        return StepResult(loss, grad_norm, learning_rate, updated, stop, seconds, wire_errors)
+        return StepResult(loss, grad_norm, learning_rate, updated, stop, ready, seconds, wire_errors)
 
-    def _agree(self, loss: float, stop: bool) -> tuple[float, float, bool]:
-        """Loss and gradient norm of the whole batch and whether to stop, in one vote with the same bits everywhere."""
+    def _agree(self, loss: float, stop: bool, ready: bool) -> tuple[float, float, bool, bool]:
+        """Loss and gradient norm of the batch, any to stop, all ready: one vote, with the same bits everywhere."""
         squares = self._exact_squares() if self.options.reproducible else self.optimizer.squared_norm()
-        everyone = total(self.mesh.world, np.array([loss, squares / self.loss_scale.value**2, float(stop)]))
-        return float(everyone[0]), math.sqrt(everyone[1]) if everyone[1] >= 0 else math.nan, bool(everyone[2] > 0)
+        mine = [loss, squares / self.loss_scale.value**2, float(stop), float(not ready)]
+        whole, squares, stops, unready = map(float, total(self.mesh.world, np.array(mine)))
+        return whole, math.sqrt(squares) if squares >= 0 else math.nan, stops > 0, unready == 0
 
     def _measure_wire(self) -> list[list[float]]:
         """See StepResult."""

@@ -50,12 +50,16 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
             stopped = run_steps(run, tracing)
             tracing.close()
             save_checkpoint(run)
+            run.saver.finish()
             if not stopped:
                 report_best(run)
             reach("end")
             run.close()
             comm.Barrier()  # a rank that fails until here has the last word in exit.json
     except BaseException as error:
+        if run is not None and getattr(error, "agreed", False):
+            with suppress(MpitrainError):  # what was begun before is not to be lost
+                run.saver.finish()
         # An agreed error is everybody's; any other ends the job, and this rank alone knows why.
         if comm.rank == 0 or not getattr(error, "agreed", False):
             write_exit(error)
@@ -98,11 +102,13 @@ def run_steps(run: Run, tracing: Tracing) -> str:
         for plan, micro_batches in batches:
             seconds = {"data": time.perf_counter() - began}
             tracing.begin(plan.step + 1)
-            result = run.stepper.run(plan, micro_batches, bool(run.stop))
+            result = run.stepper.run(plan, micro_batches, stop=bool(run.stop), ready=run.saver.is_ready())
             run.progress.step = plan.step + 1
             run.scores.clear()
             record_step(run, plan, result, time.perf_counter() - began, seconds | result.seconds)
             tracing.end()
+            if result.ready:
+                run.saver.advance()
             if run.progress.step == first and (waited := seconds_since_start()) is not None:
                 run.console.say("start", f"{waited:.1f} s from this program's start to the end of a step")
             refuse_to_go_on_without_updates(run)
@@ -133,6 +139,7 @@ def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, pa
         "seconds": seconds,
         "tokens_per_second": plan.num_tokens / seconds,
         **parts,
+        "save": run.saver.take_seconds(),
     }
     if run.world.rank == 0:
         num_replicas, reproducible = run.place.mesh.num_replicas, run.config.train.reproducible

@@ -130,7 +130,7 @@ def test_the_help_names_every_field_with_its_meaning():
     text = " ".join(config.help_text().split())
     for name, field in Config.model_fields.items():
         section = getattr(field.annotation, "model_fields", {})
-        leaves = {f"{name}.{part}": leaf for part, leaf in section.items()} or {name: field}
+        leaves = {f"{name}.{leaf.alias or part}": leaf for part, leaf in section.items()} or {name: field}
         for flag, leaf in leaves.items():
             assert f"--{flag} " in text
             assert leaf.description and leaf.description[:20] in text, f"{flag} says nothing"

@@ -33,10 +33,10 @@ def fail(*arguments):
     raise RuntimeError("the dog ate my gradients")
 
 run = Stepper.run
-def run_or_fail(self, plan, micro_batches, stop):
+def run_or_fail(self, plan, micro_batches, **told):
     if MPI.COMM_WORLD.rank == 1 and plan.step == 2:
         misfortune(self)
-    return run(self, plan, micro_batches, stop)
+    return run(self, plan, micro_batches, **told)
 
 Stepper.run = run_or_fail
 cli.main(sys.argv[1:])

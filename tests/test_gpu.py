@@ -12,7 +12,7 @@ from small import small_card, train_small
 
 from mpitrain.checkpoint.load import fill, verify
 from mpitrain.checkpoint.manifest import Progress
-from mpitrain.checkpoint.save import save
+from mpitrain.checkpoint.saver import Saver
 from mpitrain.comm import gpu, ring, segments
 from mpitrain.comm.buckets import StateSlice
 from mpitrain.comm.buffers import Transport
@@ -118,7 +118,10 @@ def test_a_checkpoint_of_tensors_on_a_gpu_loads_with_the_same_bits(comm, mpi_tmp
     name = f"bert.part{comm.rank}"
     made = StateSlice("weight", name, (10,), 0, 10, values)
     progress = Progress(step=1)
-    place = save(comm, mpi_tmp_path, [made], progress=progress, mesh={}, identity={}, documents={})
+    saver = Saver(comm, mpi_tmp_path, asynchronous=True)
+    place = saver.save([made], progress=progress, mesh={}, identity={}, documents={}, keep=1)
+    saver.finish()
+    saver.close()
     loaded = StateSlice("weight", name, (10,), 0, 10, torch.zeros(10, device="cuda"))
     fill(comm, place, verify(comm, place), [loaded])
     assert torch.equal(loaded.values, values)

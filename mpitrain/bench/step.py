@@ -22,6 +22,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, models
 
 from mpitrain.bench.facts import describe_machine, write
+from mpitrain.checkpoint.saver import Saver
 from mpitrain.config import Config
 from mpitrain.dataset.sequences import MemorySplit
 from mpitrain.errors import DataError, UsageError, on_all_ranks
@@ -112,8 +113,8 @@ class Workload:
         self._numbers = count()
         self.run(WARM_UP)
 
-    def run(self, num_steps: int) -> Turn:
-        """Train for so many steps more (collective)."""
+    def run(self, num_steps: int, saver: Saver | None = None) -> Turn:
+        """Train for so many steps more, beside what `saver` has begun, if anything (collective)."""
         mesh = self.place.mesh
         mesh.world.Barrier()
         began, tokens, computed = perf_counter(), 0, 0.0
@@ -122,7 +123,10 @@ class Workload:
             loading = perf_counter()
             micro_batches = self.stepper.load(plan, self._split)
             loaded = {"data": perf_counter() - loading}
-            parts.append(loaded | self.stepper.run(plan, micro_batches, False).seconds)
+            result = self.stepper.run(plan, micro_batches, ready=saver is not None and saver.is_ready())
+            if saver is not None and result.ready:
+                saver.advance()
+            parts.append(loaded | result.seconds)
             tokens += plan.num_tokens
             computed += self.stepper.executor.seconds_computed
         mesh.world.Barrier()

@@ -1,11 +1,12 @@
-"""Write a checkpoint aside, each rank its own slices, and commit it by manifest and rename: whole or absent."""
+"""The files of a checkpoint: written aside, each rank its own slices, committed by manifest and rename, and deleted."""
 
 from __future__ import annotations
 
+import io
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from mpitrain import __version__
 from mpitrain.checkpoint.manifest import (
-    MANIFEST,
     STEP_DIRECTORY,
-    VERSION,
     FileEntry,
     Manifest,
     Piece,
@@ -28,67 +26,11 @@ from mpitrain.checkpoint.manifest import (
 )
 from mpitrain.comm.buckets import StateSlice
 from mpitrain.errors import MpitrainError
-from mpitrain.files import Sink, file_hash, sync
-from mpitrain.runtime.agree import Comm, collect, share, together
+from mpitrain.files import Image, Sink, file_hash, sync
+from mpitrain.runtime.agree import Comm
 from mpitrain.runtime.failpoints import reach
 
 LEFT_OVER = re.compile(r"step-\d{8}\.tmp-[0-9a-f]+")
-
-
-def save(
-    comm: Comm,
-    checkpoints: Path,
-    slices: Iterable[StateSlice],
-    *,
-    progress: Progress,
-    mesh: Mapping[str, int],
-    identity: Mapping[str, Any],
-    documents: Mapping[str, str],
-) -> Path:
-    """Commit `checkpoints/step-NNNNNNNN` (collective).
-
-    Of a step that is committed already only the progress is written anew: an evaluation may have come after it.
-
-    Args:
-        slices: what this rank owns.
-        documents: small text files that make the checkpoint self-contained, written by rank 0.
-
-    Raises:
-        MpitrainError: on all ranks, because one could not write: nothing is committed, what was before stays whole.
-    """
-    final = checkpoints / f"step-{progress.step:08d}"
-    if share(comm, (final / MANIFEST).is_file()):
-        with together(comm, f"updating {final}"), can_be_written(final):
-            if comm.rank == 0:
-                _refresh(final, progress)
-        return final
-    aside = checkpoints / f"{final.name}.tmp-{share(comm, secrets.token_hex(4))}"
-    with cleared_if_in_vain(comm, aside):
-        with together(comm, f"making {aside}"), can_be_written(aside):
-            reach("save.begin")
-            if comm.rank == 0:
-                aside.mkdir(parents=True)
-        entries: dict[str, Any] = {}
-        shapes: dict[str, list[int]] = {}
-        with together(comm, f"writing {aside}"), can_be_written(aside):
-            reach("save.slices")
-            entries, shapes = _write_slices(aside / f"rank-{comm.rank:05d}.h5", list(slices))
-            if comm.rank == 0:
-                entries |= _write_documents(aside, documents)
-        everyone = collect(comm, [entries, shapes])
-        with together(comm, f"committing {final}"), can_be_written(final):
-            if comm.rank == 0:
-                manifest = Manifest(
-                    version=VERSION,
-                    written_by=f"mpitrain {__version__}",
-                    progress=progress,
-                    mesh=dict(mesh),
-                    identity=dict(identity),
-                    tensors={name: shape for _, rank_shapes in everyone for name, shape in rank_shapes.items()},
-                    files={name: entry for rank_entries, _ in everyone for name, entry in rank_entries.items()},
-                )
-                _commit(aside, final, manifest)
-    return final
 
 
 @contextmanager
@@ -114,7 +56,8 @@ def can_be_written(place: Path) -> Iterator[None]:
         ) from error
 
 
-def _refresh(final: Path, progress: Progress) -> None:
+def refresh(final: Path, progress: Progress) -> None:
+    """Write the progress of a committed checkpoint anew, if it is another: an evaluation may have come after it."""
     manifest = read_manifest(final)
     if manifest.progress != progress:
         reach("save.refresh")
@@ -122,24 +65,36 @@ def _refresh(final: Path, progress: Progress) -> None:
         write_manifest(final, manifest)
 
 
-def _write_slices(path: Path, slices: list[StateSlice]) -> tuple[dict[str, Any], dict[str, list[int]]]:
+def fill_file(target: io.RawIOBase, slices: Iterable[StateSlice]) -> None:
+    """Write slices into a new HDF5 file: fp32, `/<kind>/<name>`, with attributes shape, start and columns."""
+    with h5py.File(target, "w", libver="latest") as file:
+        for piece in slices:
+            values = piece.values.detach().cpu().numpy()
+            data = file.create_dataset(f"{piece.kind}/{piece.name}", data=values, dtype=np.float32)
+            data.attrs.update(shape=piece.shape, start=piece.start, columns=piece.columns or (0, piece.shape[-1]))
+
+
+def write_slices(path: Path, slices: Sequence[StateSlice], image: Image | None) -> dict[str, Any]:
+    """Write this rank's file durably, from `image` if the slices were copied there; its entry in the manifest."""
     if not slices:
-        return {}, {}
-    pieces = []
-    with Sink(path, "w+") as sink:
-        with h5py.File(sink, "w", libver="latest") as file:
-            for piece in slices:
-                values = piece.values.detach().cpu().numpy()
-                data = file.create_dataset(f"{piece.kind}/{piece.name}", data=values, dtype=np.float32)
-                data.attrs.update(shape=piece.shape, start=piece.start, columns=piece.columns or (0, piece.shape[-1]))
-                where = {"start": piece.start, "stop": piece.stop, "columns": piece.columns}
-                pieces.append(Piece(kind=piece.kind, name=piece.name, **where))
-        sink.check()
+        return {}
+    sha256 = ""
+    if image is not None:
+        sha256 = image.store(path)
+    else:
+        with Sink(path, "w+") as sink:
+            fill_file(sink, slices)
+            sink.check()
     reach("save.hash")
-    return {path.name: _entry(path, pieces)}, {piece.name: list(piece.shape) for piece in slices}
+    pieces = [
+        Piece(kind=piece.kind, name=piece.name, start=piece.start, stop=piece.stop, columns=piece.columns)
+        for piece in slices
+    ]
+    return {path.name: _entry(path, pieces, sha256)}
 
 
-def _write_documents(directory: Path, documents: Mapping[str, str]) -> dict[str, Any]:
+def write_documents(directory: Path, documents: Mapping[str, str]) -> dict[str, Any]:
+    """Write small text files durably; their entries in the manifest."""
     entries = {}
     for name, text in documents.items():
         (directory / name).write_text(text, encoding="utf-8")
@@ -147,12 +102,13 @@ def _write_documents(directory: Path, documents: Mapping[str, str]) -> dict[str,
     return entries
 
 
-def _entry(path: Path, pieces: list[Piece]) -> dict[str, Any]:
+def _entry(path: Path, pieces: list[Piece], sha256: str = "") -> dict[str, Any]:
     sync(path)
-    return FileEntry(sha256=file_hash(path), bytes=path.stat().st_size, pieces=pieces).model_dump()
+    return FileEntry(sha256=sha256 or file_hash(path), bytes=path.stat().st_size, pieces=pieces).model_dump()
 
 
-def _commit(aside: Path, final: Path, manifest: Manifest) -> None:
+def commit(aside: Path, final: Path, manifest: Manifest) -> None:
+    """Make what lies aside the checkpoint `final`, durably (rank 0 only)."""
     reach("save.manifest")
     write_manifest(aside, manifest)
     if final.exists():  # a directory of that name without a manifest is no checkpoint

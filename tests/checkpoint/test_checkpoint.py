@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from small import NUM_LABELS, own, small_card
 from mpitrain.checkpoint import save as save_module
 from mpitrain.checkpoint.load import fill, newest_usable, overlap, verify
 from mpitrain.checkpoint.manifest import Piece, Progress, committed, find_checkpoint, read_manifest
-from mpitrain.checkpoint.save import clear_left_overs, retain, save
+from mpitrain.checkpoint.save import clear_left_overs, retain
+from mpitrain.checkpoint.saver import Saver
 from mpitrain.comm.buckets import StateSlice, fill_buckets
 from mpitrain.errors import CheckpointError, MpitrainError
 from mpitrain.model.bert import BertStage, parameter_shapes
@@ -78,19 +80,32 @@ def true_values(piece: StateSlice) -> torch.Tensor:
     return found[piece.start : piece.stop]
 
 
-def save_on(mesh: meshes.Mesh, checkpoints: Path, step: int = 5, value: float = 0.0) -> Path:
+def begin_save(saver: Saver, mesh: meshes.Mesh, step: int, value: float) -> tuple[Path, list[StateSlice]]:
     slices = slices_on(mesh, once=True)
     for piece in slices:
         piece.values.data.copy_(true_values(piece) + value)
-    return save(
-        mesh.world,
-        checkpoints,
+    place = saver.save(
         slices,
         progress=Progress(step=step, best_step=2),
         mesh={"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": mesh.num_tensor},
         identity={"seed": 0},
         documents={"config.json": "{}"},
+        keep=99,
     )
+    return place, slices
+
+
+def save_on(mesh: meshes.Mesh, checkpoints: Path, step: int = 5, value: float = 0.0, *, late: bool = False) -> Path:
+    saver = Saver(mesh.world, checkpoints, asynchronous=late)
+    try:
+        place, slices = begin_save(saver, mesh, step, value)
+        if late:
+            for piece in slices:
+                piece.values.data.fill_(-1.0)
+        saver.finish()
+    finally:
+        saver.close()
+    return place
 
 
 def loads(mesh: meshes.Mesh, checkpoint: Path) -> bool:
@@ -138,16 +153,51 @@ def test_what_two_pieces_of_a_matrix_have_in_common_is_found_in_both(ours, their
 
 
 @on_any_ranks
-def test_a_failed_save_leaves_no_checkpoint_and_the_next_one_works(comm, folder, monkeypatch):
+def test_what_is_saved_is_what_was_there_when_the_save_began(comm, folder):
+    with meshes.build(comm, comm.size, 1) as mesh:
+        path = save_on(mesh, folder, late=True)
+        assert loads(mesh, path)
+        at_once = save_on(mesh, folder / "at-once")
+        comm.Barrier()
+        for file in sorted(path.glob("*.h5")):
+            assert file.read_bytes() == (at_once / file.name).read_bytes()
+
+
+@on_any_ranks
+def test_a_save_goes_on_in_phases_and_the_next_one_waits_for_it(comm, folder):
+    with meshes.build(comm, comm.size, 1) as mesh:
+        saver = Saver(mesh.world, folder, asynchronous=True)
+        assert not saver.is_ready()
+        path, _ = begin_save(saver, mesh, 5, 0.0)
+        for _ in range(2):
+            assert not committed(folder)
+            while not saver.is_ready():
+                time.sleep(0.01)
+            comm.Barrier()
+            saver.advance()
+        assert not saver.is_ready() and committed(folder) == [path]
+        begin_save(saver, mesh, 6, 1.0)
+        begin_save(saver, mesh, 7, 2.0)
+        assert [place.name for place in committed(folder)] == ["step-00000006", "step-00000005"]
+        comm.Barrier()
+        saver.finish()
+        assert committed(folder)[0].name == "step-00000007" and saver.take_seconds() > 0 == saver.take_seconds()
+        saver.close()
+        assert loads(mesh, path)
+
+
+@on_any_ranks
+@pytest.mark.parametrize("late", [False, True])
+def test_a_failed_save_leaves_no_checkpoint_and_the_next_one_works(comm, folder, monkeypatch, late):
     with meshes.build(comm, comm.size, 1) as mesh:
         with monkeypatch.context() as patch:
             if comm.rank == comm.size - 1:
                 patch.setattr(save_module, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left")))
             with pytest.raises((OSError, MpitrainError), match="No space left"):
-                save_on(mesh, folder)
+                save_on(mesh, folder, late=late)
         assert committed(folder) == []
         assert not any(path.name == "step-00000005" for path in folder.iterdir())
-        assert loads(mesh, save_on(mesh, folder))
+        assert loads(mesh, save_on(mesh, folder, late=late))
 
 
 @on_any_ranks

@@ -31,7 +31,7 @@ HANGS = [
 @pytest.mark.parametrize("place, action, phase", HANGS)
 def test_a_rank_that_hangs_is_named(reference: Exam, told, place, action, phase):
     out, rank = f"hang-{place}".replace(":", "-"), place.split(":")[1]
-    attempt = reference.begin(2, out, "-m", "mpitrain", *FLAGS, MPITRAIN_FAILPOINT=f"{place}={action}")
+    attempt = reference.begin(2, out, settings=FLAGS, MPITRAIN_FAILPOINT=f"{place}={action}")
     done = attempt.end(60)
     assert done.returncode == 70, done.stderr
     assert re.search(rf"no rank has made progress for {TIMEOUT} s .* 1 of 2 ranks on ", done.stderr), done.stderr
@@ -47,7 +47,7 @@ def test_a_rank_that_hangs_is_named(reference: Exam, told, place, action, phase)
 @pytest.mark.case(14)
 @pytest.mark.parametrize("rank", range(4))
 def test_a_rank_stopped_from_outside_ends_the_job_in_time(reference: Exam, told, rank):
-    attempt = reference.begin(4, f"stopped-{rank}", "-m", "mpitrain", *FLAGS, "--mesh.pipe", "2")
+    attempt = reference.begin(4, f"stopped-{rank}", settings=(*FLAGS, "--mesh.pipe", "2"))
     attempt.wait_until(lambda: len(metrics_of(attempt.run)) >= 2)
     os.kill(ranks_of(attempt.mark)[rank], signal.SIGSTOP)
     began = time.monotonic()
@@ -62,6 +62,6 @@ def test_a_rank_stopped_from_outside_ends_the_job_in_time(reference: Exam, told,
 @pytest.mark.parametrize("place", ["start:1", "forward:0:1", "save.slices:1:1", "save.manifest:0:2"])
 def test_who_works_long_is_left_alone(reference: Exam, told, place):
     out = f"long-{place}".replace(":", "-")
-    done = reference.run(2, out, "-m", "mpitrain", *FLAGS, MPITRAIN_FAILPOINT=f"{place}=work{2 * TIMEOUT + 1}")
+    done = reference.run(2, out, settings=FLAGS, MPITRAIN_FAILPOINT=f"{place}=work{2 * TIMEOUT + 1}")
     assert done.returncode == 0, done.stderr
     told(f"{2 * TIMEOUT + 1} s of work at {place}", f"exit code 0 with a time-out of {TIMEOUT} s")

@@ -125,14 +125,15 @@ def test_gradients_that_are_never_finite_end_the_run(reference: Exam, told):
 # The limit comes once MPI has its own files.
 LIMITED = """
 import resource, sys
-from mpitrain import cli, resume
+from mpitrain import cli
+from mpitrain.checkpoint.saver import Saver
 
-save = resume.save
+save = Saver.save
 def save_within_limits(*arguments, **options):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
     return save(*arguments, **options)
 
-resume.save = save_within_limits
+Saver.save = save_within_limits
 cli.main(sys.argv[1:])
 """
 
@@ -165,10 +166,12 @@ def test_a_full_disk_leaves_the_checkpoints_before(reference: Exam, told, place,
 
 @pytest.mark.case(26)
 def test_starts_without_progress_come_to_an_end(reference: Exam, told):
-    codes = [reference.run(2, "in-vain", MPITRAIN_FAILPOINT="update:0:2=raise").returncode for _ in range(2)]
+    at_once = {"MPITRAIN_CHECKPOINT__ASYNC": "false"}  # each start gets as far as the others
+    faults = {"MPITRAIN_FAILPOINT": "update:0:2=raise"} | at_once
+    codes = [reference.run(2, "in-vain", **faults).returncode for _ in range(2)]
     assert codes == [70, 70] and steps_of(reference.place / "in-vain") == [1, 2]
     for _ in range(5):
-        done = reference.run(2, "in-vain", MPITRAIN_FAILPOINT="update:0:1=raise")
+        done = reference.run(2, "in-vain", MPITRAIN_FAILPOINT="update:0:1=raise", **at_once)
         codes.append(done.returncode)
     assert codes == [70, 70, 70, 70, 70, 93, 93]
     assert "3 starts in a row have not come to a checkpoint after step 2: do not requeue" in done.stderr, done.stderr
@@ -176,3 +179,53 @@ def test_starts_without_progress_come_to_an_end(reference: Exam, told):
     (reference.place / "in-vain" / "starts.json").unlink()
     reference.finish(2, "in-vain", 2)
     told("a fault at the same step at every start", "exit codes 70, 70, 70, then 93; with progress counted anew")
+
+
+LATE = ("--checkpoint.every", "3", "--checkpoint.best", "false")
+
+
+@pytest.mark.case(13)
+def test_a_save_holds_what_was_there_when_it_began(reference: Exam, told):
+    at_once = reference.run(2, "at-once", settings=(*LATE, "--checkpoint.async", "false"))
+    late = reference.run(2, "late", MPITRAIN_FAILPOINT="save.slices:1:1=sleep2", settings=LATE)
+    assert at_once.returncode == late.returncode == 0, late.stderr
+    runs = [reference.place / name / "checkpoints" for name in ("at-once", "late")]
+    for step in (3, NUM_STEPS):
+        mine, theirs = (tensors_of(run / f"step-{step:08d}") for run in runs)
+        assert mine.keys() == theirs.keys()
+        assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+    stalls = [line["save"] for line in metrics_of(reference.place / "late")]
+    assert max(stalls[:5]) < 2, "steps have waited for the save"
+    told("2 s of sleep in a save beside three steps", "the bits of a save that is waited for, at both steps")
+
+
+@pytest.mark.case(13)
+def test_killed_during_a_save_while_steps_went_on(reference: Exam, told):
+    faults = "save.slices:1:1=sleep9,backward:0:9=kill"
+    done = reference.run(2, "killed-late", MPITRAIN_FAILPOINT=faults, settings=LATE)
+    assert done.returncode != 0 and "failpoint backward on rank 0" in done.stderr
+    run = reference.place / "killed-late"
+    assert len(metrics_of(run)) >= 4 and steps_of(run) == [] and list(run.glob("checkpoints/*.tmp-*"))
+    reference.finish(2, "killed-late", 0)
+    told("SIGKILL at step 5 while step 3 was being saved", "no half checkpoint, began anew, bit-equal")
+
+
+@pytest.mark.case(13)
+@pytest.mark.parametrize("visit", [1, 3, NUM_STEPS])
+def test_a_slow_save_is_waited_for_by_the_next_one_and_by_the_end(reference: Exam, told, visit):
+    out = f"slow-{visit}"
+    done = reference.run(2, out, MPITRAIN_FAILPOINT=f"save.hash:0:{visit}=sleep2,save.manifest:0:{visit}=sleep1")
+    assert done.returncode == 0, done.stderr
+    reference.finish(2, out, NUM_STEPS)
+    told(f"3 s of sleep in save {visit} of {NUM_STEPS}", "all saves complete, bit-equal")
+
+
+@pytest.mark.case(13)
+def test_a_failure_of_a_save_is_everybodys_at_one_step(reference: Exam, told):
+    done = reference.run(2, "late-full", MPITRAIN_FAILPOINT="save.hash:1:1=full", settings=LATE)
+    assert done.returncode == 70 and "Traceback" not in done.stderr, done.stderr
+    assert "step-00000003" in done.stderr, done.stderr
+    told_step = exit_of(reference.place / "late-full")["step"]
+    assert 3 <= told_step <= NUM_STEPS and len(metrics_of(reference.place / "late-full")) == told_step
+    reference.finish(2, "late-full", 0)
+    told("no space left in a save that goes on beside steps", f"exit code 70 after step {told_step} on all ranks")

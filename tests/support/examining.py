@@ -8,7 +8,7 @@ import random
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,17 @@ class Exam:
         for name, value in FLAGS.items():
             self.flags += [f"--{name}", str(value)]
 
-    def begin(self, ranks: int, out: str, *program: str, **environment: str) -> Attempt:
+    def begin(self, ranks: int, out: str, *program: str, settings: Sequence[str] = (), **environment: str) -> Attempt:
         """Start the training, or go on with it, in the background, by `-m mpitrain` or another program."""
         mark = f"exam-{os.getpid()}-{next(self._marks)}"
         environment |= {"MPITRAIN_CACHE": str(self.place / "cache"), "EXAM_MARK": mark}
-        words = (*(program or ("-m", "mpitrain")), *self.flags, "--out", out)
+        words = (*(program or ("-m", "mpitrain")), *self.flags, *settings, "--out", out)
         process = start(ranks, *words, cwd=self.place, **environment)
         return Attempt(process, f"EXAM_MARK={mark}", self.place / out)
 
-    def run(self, ranks: int, out: str, *program: str, **environment: str) -> Any:
+    def run(self, ranks: int, out: str, *program: str, settings: Sequence[str] = (), **environment: str) -> Any:
         """Start it and wait until all of it is gone."""
-        return self.begin(ranks, out, *program, **environment).end(120)
+        return self.begin(ranks, out, *program, settings=settings, **environment).end(120)
 
     def reference(self, ranks: int) -> Path:
         """The run directory of the training without misfortune."""

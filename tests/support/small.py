@@ -163,7 +163,7 @@ def train_small(
         micro_batches = stepper.load(plan.step(step), split)
         if spoil is not None:
             spoil(step, mesh, stage)
-        result = stepper.run(plan.step(step), micro_batches, False)
+        result = stepper.run(plan.step(step), micro_batches)
         trained.losses.append(result.loss)
         trained.grad_norms.append(result.grad_norm)
         trained.updated.append(result.updated)

@@ -1,0 +1,174 @@
+"""One save at a time: what a checkpoint holds is copied at once, what takes long is done by a thread meanwhile.
+
+All ranks go through a save together, in phases: each writes its own file; then rank 0 commits. The thread does what a
+rank does alone, and sends no messages. The training loop asks, in the vote that it holds on every step anyway, whether
+all threads have ended a phase; then it begins the next one. So nobody waits for a disk, a failure is known to all
+ranks at the same step, and what is written is what was there when the save began, whatever has changed since.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mpitrain import __version__
+from mpitrain.checkpoint.manifest import MANIFEST, VERSION, Manifest, Progress
+from mpitrain.checkpoint.save import (
+    can_be_written,
+    cleared_if_in_vain,
+    commit,
+    fill_file,
+    refresh,
+    retain,
+    write_documents,
+    write_slices,
+)
+from mpitrain.comm.buckets import StateSlice
+from mpitrain.files import Image
+from mpitrain.runtime.agree import Comm, gather, share, together
+from mpitrain.runtime.failpoints import reach
+
+HEADERS = 1 << 12  # bytes that HDF5 takes for a tensor beside its values, at most
+
+
+class Saver:
+    """Saves into one folder; `close` ends its thread."""
+
+    def __init__(self, comm: Comm, checkpoints: Path, *, asynchronous: bool) -> None:
+        """Without `asynchronous`, `save` returns when all is done, and needs no memory for a copy."""
+        self._comm, self._checkpoints = comm, checkpoints
+        self._image = Image() if asynchronous else None
+        self._thread = ThreadPoolExecutor(1, "saver")
+        self._work: Future[Any] | None = None
+        self._phases: Iterator[None] = iter(())
+        self._seconds = 0.0  # of the caller
+
+    def save(
+        self,
+        slices: Iterable[StateSlice],
+        *,
+        progress: Progress,
+        mesh: Mapping[str, int],
+        identity: Mapping[str, Any],
+        documents: Mapping[str, str],
+        keep: int,
+    ) -> Path:
+        """Begin to save `step-NNNNNNNN` (collective), when the save before is done; where it will be.
+
+        Of a step that is committed already only the progress is written anew.
+
+        Args:
+            slices: what this rank owns.
+            progress: of the run.
+            mesh: ranks along each axis.
+            identity: what a resumed run must share.
+            documents: small text files that make the checkpoint self-contained, written by rank 0.
+            keep: newest checkpoints that stay, beside the best one, when this one is committed.
+
+        Raises:
+            MpitrainError: on all ranks, because one could not write: nothing is committed, what was before stays whole.
+        """
+        self.finish()
+        began = time.perf_counter()
+        final = self._checkpoints / f"step-{progress.step:08d}"
+        if share(self._comm, (final / MANIFEST).is_file()):
+            with together(self._comm, f"updating {final}"), can_be_written(final):
+                if self._comm.rank == 0:
+                    refresh(final, progress)
+                    retain(self._checkpoints, keep, progress.best_step)
+        else:
+            described = {"progress": progress.model_copy(), "mesh": dict(mesh), "identity": dict(identity)}
+            self._phases = self._carry_out(final, list(slices), described, dict(documents), keep)
+            next(self._phases)
+        self._seconds += time.perf_counter() - began
+        if self._image is None:
+            self.finish()
+        return final
+
+    def is_ready(self) -> bool:
+        """Whether there is a save of which this rank has ended a phase, or failed in it."""
+        return self._work is not None and self._work.done()
+
+    def advance(self) -> None:
+        """Begin the next phase when all ranks are ready, or else wait for them (collective).
+
+        Raises:
+            MpitrainError: as above.
+        """
+        began = time.perf_counter()
+        next(self._phases, None)
+        self._seconds += time.perf_counter() - began
+
+    def finish(self) -> None:
+        """Return when the save under way, if any, is done (collective).
+
+        Raises:
+            MpitrainError: as above.
+        """
+        while self._work is not None:
+            self.advance()
+
+    def take_seconds(self) -> float:
+        """Time that callers have spent here since the last call: while they did, nothing was trained."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def close(self) -> None:
+        """End the thread; to be called after `finish`."""
+        self._thread.shutdown()
+
+    def _carry_out(
+        self, final: Path, slices: list[StateSlice], described: dict[str, Any], documents: dict[str, str], keep: int
+    ) -> Iterator[None]:
+        comm = self._comm
+        aside = final.with_name(f"{final.name}.tmp-{share(comm, secrets.token_hex(4))}")
+        try:
+            with cleared_if_in_vain(comm, aside):
+                with together(comm, f"making {aside}"), can_be_written(aside):
+                    reach("save.begin")
+                    if comm.rank == 0:
+                        aside.mkdir(parents=True)
+                    if self._image is not None:
+                        self._copy(slices)
+                work = self._begin(lambda: self._write(aside, slices, documents))
+                yield
+                with together(comm, f"writing {aside}"), can_be_written(aside):
+                    entries = work.result()
+                everyone = gather(comm, [entries, {piece.name: list(piece.shape) for piece in slices}])
+                work = self._begin(lambda: self._commit(aside, final, everyone, described, keep))
+                yield
+                with together(comm, f"committing {final}"), can_be_written(final):
+                    work.result()
+        finally:
+            self._work = None
+
+    def _begin(self, work: Callable[[], Any]) -> Future[Any]:
+        self._work = self._thread.submit(work)
+        return self._work
+
+    def _copy(self, slices: list[StateSlice]) -> None:
+        assert self._image is not None
+        self._image.truncate(0)
+        self._image.reserve(sum(4 * piece.values.numel() + HEADERS for piece in slices))
+        fill_file(self._image, slices)
+
+    def _write(self, aside: Path, slices: list[StateSlice], documents: dict[str, str]) -> dict[str, Any]:
+        reach("save.slices")
+        entries = write_slices(aside / f"rank-{self._comm.rank:05d}.h5", slices, self._image)
+        return entries | (write_documents(aside, documents) if self._comm.rank == 0 else {})
+
+    def _commit(self, aside: Path, final: Path, everyone: list[Any], described: dict[str, Any], keep: int) -> None:
+        if self._comm.rank == 0:
+            manifest = Manifest(
+                version=VERSION,
+                written_by=f"mpitrain {__version__}",
+                tensors={name: shape for _, shapes in everyone for name, shape in shapes.items()},
+                files={name: entry for entries, _ in everyone for name, entry in entries.items()},
+                **described,
+            )
+            commit(aside, final, manifest)
+            retain(self._checkpoints, keep, manifest.progress.best_step)
