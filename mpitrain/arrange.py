@@ -107,7 +107,7 @@ def arrange(
         if room is None or pipe is not None:
             return arrangement
         stages, schedule = arrangement.stages, arrangement.schedule
-        need = need_of(card, config, num_labels, stages, schedule, shape[0], shape[2], length)
+        need = need_of(card, config, num_labels, stages, schedule, shape[0], shape[2], length, copies=room.on_host)
         arrangement = replace(arrangement, need=need)
         if need.expected <= room.num_bytes:
             return arrangement

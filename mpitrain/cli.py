@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     stop = launch.StopRequest()
     if command == "train":
         stop.listen()  # from the first moment: a signal while libraries load must not kill the job
+    launch.die_unless_done_in(launch.SECONDS_TO_START)
     try:
         world = launch.start()
     except UsageError as error:
@@ -101,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         from mpitrain.runtime.watchdog import Watch
 
         watch = Watch(world, lambda error: launch.abort(world, error, None))
+        launch.die_unless_done_in(0)
         code = run(world, command, arguments, stop, watch)
+        launch.die_unless_done_in(max(watch.hang_timeout, launch.SECONDS_TO_LEAVE) if watch.hang_timeout else 0)
         watch.end()
     except BaseException as error:  # SystemExit too: the other ranks would wait for this one
         launch.abort(world, error, error.__traceback__)
@@ -127,8 +130,7 @@ def print_help(command: str) -> None:
     lines = ["usage: python -m mpitrain [COMMAND] [ARGUMENTS] [--FIELD VALUE ...]", "", "commands:"]
     lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
     print("\n".join(lines), end="\n\n")  # noqa: T201
-    print(command_parser(command).format_help())  # noqa: T201
-    print(config.help_text())  # noqa: T201
+    print(command_parser(command).format_help(), config.help_text(), sep="\n")  # noqa: T201
 
 
 def run(world: Any, command: str, arguments: list[str], stop: launch.StopRequest, watch: Watch) -> int:
@@ -269,8 +271,9 @@ def show(world: Any, console: Console, place: Path) -> None:
     """What is in a directory, on rank 0 (collective); damage is an error after what there is was shown."""
     from mpitrain.describe import describe
     from mpitrain.runtime.agree import together
+    from mpitrain.runtime.notes import State
 
-    with together(world, f"inspecting {place}"):
+    with together(world, f"inspecting {place}", State.LISTENING):  # output may go to a pager
         if world.rank == 0:
             content, damage = describe(place)
             console.show(content)

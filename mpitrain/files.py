@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,9 +32,15 @@ def user_path(flag: str, path: Path) -> Iterator[None]:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of a file's bytes, in hex; the next piece is read while one is hashed."""
+    found, buffers = hashlib.sha256(), [bytearray(PIECE), bytearray(PIECE)]
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(file.readinto, buffers[0])
+        while size := ahead.result():
+            buffers.reverse()
+            ahead = reader.submit(file.readinto, buffers[0])
+            found.update(memoryview(buffers[1])[:size])
+    return found.hexdigest()
 
 
 class Sink(io.FileIO):
@@ -74,7 +81,8 @@ class Image(io.RawIOBase):
         self._size = self._at = 0
 
     def reserve(self, num_bytes: int) -> None:
-        """Have room for so many; more are taken as they are written, which is slower."""
+        """Forget what there is, and have room for so many; more are taken as they are written, which is slower."""
+        self._size = self._at = 0
         if num_bytes > len(self._memory):
             self._memory = bytearray(num_bytes)
 
@@ -97,17 +105,21 @@ class Image(io.RawIOBase):
     def write(self, data: Any) -> int:
         """Write from there on."""
         end = self._at + len(data)
-        if end > len(self._memory):
-            self._memory.extend(bytes(end - len(self._memory)))
+        if end > len(self._memory) or self._at > self._size:
+            self.truncate(max(self._at, self._size))
+            self._memory.extend(bytes(max(0, end - len(self._memory))))
         memoryview(self._memory)[self._at : end] = data
         self._at, self._size = end, max(self._size, end)
         return len(data)
 
     def truncate(self, size: int | None = None) -> int:
         """End the file there."""
-        self._size = self._at if size is None else size
-        self.reserve(self._size)
-        return self._size
+        size = self._at if size is None else size
+        self._memory.extend(bytes(max(0, size - len(self._memory))))
+        if size > self._size:
+            self._memory[self._size : size] = bytes(size - self._size)
+        self._size = size
+        return size
 
     def store(self, path: Path) -> str:
         """Write it to a file that may not have reached the disk then; its sha256, in hex."""

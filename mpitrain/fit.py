@@ -29,10 +29,12 @@ class Room:
     Attributes:
         num_bytes: of memory that each rank may use.
         nodes: number of each rank's node.
+        on_host: it is not a GPU's.
     """
 
     num_bytes: int
     nodes: Sequence[int]
+    on_host: bool = True
 
     def holds_groups(self, size: int) -> bool:
         """Whether so many ranks in a row are always on one node."""
@@ -110,6 +112,8 @@ def need_of(
     data: int,
     tensor: int,
     length: float,
+    *,
+    copies: bool = True,
 ) -> Need:
     """What a mesh takes of its fullest rank.
 
@@ -122,6 +126,7 @@ def need_of(
         data: replicas.
         tensor: ranks of a stage.
         length: of a typical sequence in tokens.
+        copies: saves copy into this memory, which is that of the host.
     """
     options = config.train
     sizes = block_sizes(card, num_labels, tensor)
@@ -135,7 +140,8 @@ def need_of(
         num_parameters = sum(sizes[block] for block in blocks)
         least = max(least, state_bytes(num_parameters, data, options.precision, sharing=data))
         state = state_bytes(num_parameters, data, options.precision)
-        state += num_parameters * (MASTER + MOMENTS) // data * config.checkpoint.asynchronous  # a save's copy of it
+        if copies and config.checkpoint.asynchronous:
+            state += num_parameters * (MASTER + MOMENTS) // data  # a save's copy
         expected = max(expected, PROGRAM + state + round(kept * len(blocks) * of_a_layer))
     return Need(least, expected)
 

@@ -33,6 +33,7 @@ from mpitrain.runtime.device import (
 from mpitrain.runtime.launch import library_version
 from mpitrain.runtime.memory import least_memory
 from mpitrain.runtime.mesh import Mesh
+from mpitrain.runtime.notes import State, note
 from mpitrain.sections import Train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,7 +96,7 @@ def choose_arrangement(
 ) -> Arrangement:
     """What fits ranks, nodes and memory; warns where memory may be short (collective)."""
     table = attempt_at_root(comm, "reading --pipeline.schedule", lambda: read_table(config))
-    room = Room(int(USABLE * least_memory(comm, device)), node_of_each_rank(comm))
+    room = Room(int(USABLE * least_memory(comm, device)), node_of_each_rank(comm), device.type == "cpu")
     length = problem.mean_length or TYPICAL_LENGTH
     num_labels, asked = len(problem.label_names), {"table": table, "pipe": pipe}
 
@@ -172,6 +173,7 @@ def choose_library(comm: Comm, options: Train, console: Console) -> None:
 
 def build_stage(config: Config, problem: Problem, place: Place) -> tuple[BertStage, Executor]:
     """This rank's blocks with their first weights in fp32, and the executor that runs them."""
+    note(b"building the model", state=State.WORKING)
     stage = BertStage(problem.card, len(problem.label_names), place.chunks, config.train.recompute, place.group)
     initialize(stage, problem.card, config.train.seed)
     if problem.pretrained is not None:

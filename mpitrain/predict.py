@@ -59,7 +59,7 @@ def predict(
         if not share(comm, len(chunk)):
             break
         tagged = tag_sentences(executor, place, problem, chunk)
-        with together(comm, "writing tags"), user_path("--out", output or Path("-")):
+        with together(comm, "writing tags", State.LISTENING), user_path("--out", output or Path("-")):
             if comm.rank == 0 and not _write(target, tagged, output_format):
                 sentences = iter(())  # nobody reads on, as in `predict ... | head`
         number += len(tagged)
@@ -74,7 +74,7 @@ def open_input(comm: Comm, source: str, input_format: str) -> Iterator[list[str]
     Raises:
         DataError: it cannot be opened; on all ranks.
     """
-    with together(comm, f"opening {source}"):
+    with together(comm, f"opening {source}", State.LISTENING):
         if comm.rank == 0:
             try:
                 stream = sys.stdin.buffer if source == "-" else Path(source).open("rb")  # noqa: SIM115 - it is read bit by bit

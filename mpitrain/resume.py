@@ -10,6 +10,7 @@ from mpitrain import __version__
 from mpitrain.checkpoint.load import fill, holds, newest_usable, verify
 from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed, find_checkpoint
 from mpitrain.checkpoint.save import forget_after
+from mpitrain.drift import raise_together
 from mpitrain.errors import NoProgressError, UsageError
 from mpitrain.model import linear
 from mpitrain.observe.record import STARTS
@@ -189,6 +190,7 @@ def _check_identity(place: Path, then: dict[str, Any], now: dict[str, Any]) -> N
 def save_checkpoint(run: Run) -> None:
     """Save the present state, and delete what is no longer to be kept then (collective)."""
     progress, stepper = run.progress, run.stepper
+    raise_together(run.world, stepper.drift.changed())
     progress.num_updates = stepper.num_updates
     progress.loss_scale, progress.good_steps = stepper.loss_scale.value, stepper.loss_scale.good_steps
     mesh = run.place.mesh

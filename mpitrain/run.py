@@ -121,6 +121,7 @@ def build_stepper(
         options=config.train,
         num_steps=num_steps,
         peak_learning_rate=peak,
+        check_every=config.runtime.check_every,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 MOST_THREADS = 1024  # of a rank; thousands end in a crash of the library of threads
+SHORTEST_HANG = 2.0  # ranks are looked at once a second
 BALANCES = ("cost", "measured")
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v")
 
@@ -31,6 +32,12 @@ def _schedule(value: str) -> str:
 
 
 Axis = Annotated[PositiveInt | None, BeforeValidator(lambda value: None if value == "auto" else value)]
+
+
+def _some_seconds(value: float) -> float:
+    if value != 0 and value < SHORTEST_HANG:
+        raise ValueError(f"should be 0 or at least {SHORTEST_HANG:g} seconds")
+    return value
 
 
 class Section(BaseModel):
@@ -144,10 +151,12 @@ class Checkpoint(Section):
 
 
 class Runtime(Section):
-    """How the job ends."""
+    """What is watched while the job runs."""
 
-    hang_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0
+    hang_timeout: Annotated[float, Field(allow_inf_nan=False), AfterValidator(_some_seconds)] = 600.0
     """seconds without progress of any rank after which the job is ended, with where each rank is; 0 is never"""
+    check_every: Annotated[int, Field(ge=0)] = 100
+    """steps between checks that replicas hold the same bits, and none changes until the next update; 0 is never"""
 
 
 class Comm(Section):

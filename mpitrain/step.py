@@ -16,6 +16,7 @@ from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.reducer import GradientReducer
 from mpitrain.dataset.batches import Indices, StepPlan, pad_lengths, wanted_tokens
 from mpitrain.dataset.sequences import Sequences
+from mpitrain.drift import DriftCheck, raise_together
 from mpitrain.model.bert import IGNORED_LABEL
 from mpitrain.model.dropout import KeyedDropout
 from mpitrain.model.layout import PackedLayout
@@ -71,8 +72,9 @@ class Stepper:
         options: Train,
         num_steps: int,
         peak_learning_rate: float,
+        check_every: int = 0,
     ) -> None:
-        """Train for `num_steps` steps in all."""
+        """Train for `num_steps` steps in all; see `DriftCheck` for `check_every`."""
         self.mesh = mesh
         self.executor = executor
         self.exchange = exchange
@@ -84,6 +86,7 @@ class Stepper:
         self.num_steps = num_steps
         self.peak_learning_rate = peak_learning_rate
         self.loss_scale = LossScale(options.precision)
+        self.drift = DriftCheck(mesh, executor.stage, optimizer, check_every)
         self.trace = None
         self.num_updates = 0
         self.skipped_in_a_row = 0
@@ -124,6 +127,9 @@ class Stepper:
             micro_batches: as `load` gives them.
             stop: this rank was asked to stop.
             ready: this rank is ready for something that all ranks do together.
+
+        Raises:
+            MpitrainError: on all ranks, if replicas have drifted apart.
         """
         group = self.executor.stage.group
         exchanged = group.seconds
@@ -150,6 +156,9 @@ class Stepper:
         gathering = self._update(grad_norm, learning_rate) if updated else 0.0
         self._record("update", reduced)
         self._count(updated)
+        self.drift.begin(plan.step + 1)
+        reach("weight", lambda: next(self.executor.stage.parameters()).data)
+        reach("moment", lambda: next((each.values for each in self.optimizer.slices() if each.kind == "exp_avg"), None))
         seconds = {
             "forward_backward": computed - began - self.executor.seconds_waited,
             "pipeline_wait": self.executor.seconds_waited,
@@ -164,8 +173,11 @@ class Stepper:
     def _agree(self, loss: float, stop: bool, ready: bool) -> tuple[float, float, bool, bool]:
         """Loss and gradient norm of the batch, any to stop, all ready: one vote, with the same bits everywhere."""
         squares = self._exact_squares() if self.options.reproducible else self.optimizer.squared_norm()
-        mine = [loss, squares / self.loss_scale.value**2, float(stop), float(not ready)]
-        whole, squares, stops, unready = map(float, total(self.mesh.world, np.array(mine)))
+        changed = self.drift.changed()
+        mine = [loss, squares / self.loss_scale.value**2, float(stop), float(not ready), float(bool(changed))]
+        whole, squares, stops, unready, drifted = map(float, total(self.mesh.world, np.array(mine)))
+        if drifted:
+            raise_together(self.mesh.world, changed)
         return whole, math.sqrt(squares) if squares >= 0 else math.nan, stops > 0, unready == 0
 
     def _measure_wire(self) -> list[list[float]]:

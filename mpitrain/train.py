@@ -23,6 +23,7 @@ from mpitrain.run import Run, build
 from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.failpoints import reach
 from mpitrain.runtime.launch import StopRequest, last_words, seconds_since_start
+from mpitrain.runtime.notes import note
 from mpitrain.step import StepResult
 from mpitrain.tracing import Tracing
 
@@ -120,6 +121,7 @@ def run_steps(run: Run, tracing: Tracing) -> str:
                 save_checkpoint(run)
             if is_hopeless(run):
                 break
+            note(b"data of the next step")
             began = time.perf_counter()
     finally:
         run.console.stop_steps()
@@ -175,6 +177,7 @@ def evaluation_is_due(run: Run) -> bool:
 def evaluate_dev(run: Run) -> None:
     """Score the dev split, remember the best, and save it (collective)."""
     progress = run.progress
+    note(b"evaluation")
     began = time.perf_counter()
     run.scores["dev"] = evaluate(run.stepper.executor, run.place, run.problem, run.splits["dev"])
     scores, _ = run.scores["dev"]

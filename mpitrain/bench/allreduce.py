@@ -34,6 +34,7 @@ from mpitrain.files import user_path
 from mpitrain.observe.console import Console
 from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.device import place_on_node, share_cores
+from mpitrain.runtime.notes import note
 
 WARM_UP = 3
 SHORT, MOST_CALLS = 1 << 22, 16  # bytes that a turn sums, though in several calls, as a training step does with buckets
@@ -115,6 +116,7 @@ def _measure(comm: Comm, transport: Transport, dtype: str, size: int, repeats: i
 
 def _seconds(comm: Comm, contender: Contender) -> float:
     """How long a call took on the slowest rank; a turn is several calls if they are short."""
+    note(b"timing")
     num_bytes = contender.values.numel() * contender.values.itemsize
     num_calls = max(1, min(MOST_CALLS, SHORT // num_bytes))
     contender.values.fill_(1 / comm.size)  # or sums of sums of sums would overflow

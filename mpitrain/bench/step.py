@@ -32,6 +32,7 @@ from mpitrain.place import find_place, say_stages
 from mpitrain.problem import Problem
 from mpitrain.run import LEARNING_RATES, build_stepper, make_plan
 from mpitrain.runtime.agree import Comm, attempt, collect, share, together
+from mpitrain.runtime.notes import State, note
 from mpitrain.weigh import balance
 
 LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
@@ -78,6 +79,8 @@ def bench_step(
     work = Workload(comm, config, console, lengths, num_steps=WARM_UP + repeats * steps)
     turns: list[Turn] = []
     for _ in range(repeats):
+        if await_turns:
+            note(b"awaiting a turn", state=State.LISTENING if comm.rank == 0 else State.MOVING)
         if await_turns and not share(comm, comm.rank == 0 and bool(sys.stdin.readline())):
             raise on_all_ranks(UsageError("--await-turns: standard input ended before the last turn"))
         turns.append(work.run(steps))

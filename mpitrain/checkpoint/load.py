@@ -145,8 +145,11 @@ def _fill_one(
         if name not in opened:
             opened[name] = h5py.File(directory / name, "r", locking=False)
         stored = opened[name][f"{wanted.kind}/{wanted.name}"]
-        values = stored[there] if isinstance(there, slice) else stored[:][there]  # h5py takes ages over numbers
-        wanted.values[here] = torch.from_numpy(values).to(wanted.values.device)
+        if isinstance(there, slice) and isinstance(here, slice) and wanted.values.device.type == "cpu":
+            stored.read_direct(wanted.values.detach().numpy(), there, here)
+        else:
+            values = stored[there] if isinstance(there, slice) else stored[:][there]  # h5py takes ages over numbers
+            wanted.values[here] = torch.from_numpy(values).to(wanted.values.device)
         missing -= count
     if missing:
         raise CheckpointError(f"{directory}: {missing} elements of {wanted.kind} {wanted.name} are in no file")

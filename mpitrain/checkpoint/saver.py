@@ -2,7 +2,7 @@
 
 All ranks go through a save together, in phases: each writes its own file; then rank 0 commits. The thread does what a
 rank does alone, and sends no messages. The training loop asks, in the vote that it holds on every step anyway, whether
-all threads have ended a phase; then it begins the next one. So nobody waits for a disk, a failure is known to all
+all threads have ended a phase; then it begins the next one. So steps do not wait for a disk, a failure is known to all
 ranks at the same step, and what is written is what was there when the save began, whatever has changed since.
 """
 
@@ -45,6 +45,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "saver")
         self._work: Future[Any] | None = None
         self._phases: Iterator[None] = iter(())
+        self._saved: Progress | None = None  # last, or under way
         self._seconds = 0.0  # of the caller
 
     def save(
@@ -72,7 +73,10 @@ class Saver:
         Raises:
             MpitrainError: on all ranks, because one could not write: nothing is committed, what was before stays whole.
         """
+        if self._work is not None and self._saved == progress:  # both as the best and as a regular one
+            return self._checkpoints / f"step-{progress.step:08d}"
         self.finish()
+        self._saved = progress.model_copy()
         began = time.perf_counter()
         final = self._checkpoints / f"step-{progress.step:08d}"
         if share(self._comm, (final / MANIFEST).is_file()):
@@ -152,7 +156,6 @@ class Saver:
 
     def _copy(self, slices: list[StateSlice]) -> None:
         assert self._image is not None
-        self._image.truncate(0)
         self._image.reserve(sum(4 * piece.values.numel() + HEADERS for piece in slices))
         fill_file(self._image, slices)
 

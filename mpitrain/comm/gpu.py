@@ -21,6 +21,7 @@ from mpi4py import MPI
 from mpitrain.comm.buffers import Transport
 from mpitrain.runtime.agree import Comm, collect
 from mpitrain.runtime.device import place_on_node
+from mpitrain.runtime.notes import State, note
 
 MPICH_CUDA = 0  # MPIX_GPU_SUPPORT_CUDA
 SECONDS = 120.0  # for a child to import torch, perhaps over a slow network, and to send two messages
@@ -107,6 +108,7 @@ def try_out(command: Sequence[str], seconds: float = SECONDS) -> str:
         except OSError as error:
             return f"could not be started: {error}"
         try:
+            note(b"trying out device memory", state=State.LISTENING)
             code = child.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)

@@ -16,6 +16,7 @@ from rich.text import Text
 from mpitrain.observe.terminal import terminal_width
 
 SECONDS_BETWEEN_LINES = 5.0  # where there is no bar
+SECONDS_BETWEEN_PICTURES = 0.1  # of the bar
 
 
 class _Unbreakable(RichConsole):
@@ -69,7 +70,8 @@ class Console:
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=self._rich, transient=True)
+        # A thread that draws would use the processor, and so be taken for work (`runtime.watchdog`).
+        self._progress = Progress(*columns, console=self._rich, transient=True, auto_refresh=False)
         self._progress.start()
         self._task = self._progress.add_task("training", total=total, completed=done, numbers="")
 
@@ -79,6 +81,9 @@ class Console:
         if self._progress is not None and self._task is not None:
             epoch = f"epoch {metrics['epoch'] + 1}"
             self._progress.update(self._task, completed=metrics["step"], description=epoch, numbers=numbers)
+            if time.monotonic() - self._last_line > SECONDS_BETWEEN_PICTURES or metrics["step"] == total:
+                self._last_line = time.monotonic()
+                self._progress.refresh()
         elif self.loud and (time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or metrics["step"] == total):
             self._last_line = time.monotonic()
             self.say("step", f"{metrics['step']:>6}/{total}  epoch {metrics['epoch'] + 1}  {numbers}")

@@ -37,6 +37,8 @@ PLACES = {
     "reduce": "all backward passes are done, and gradients are waited for",
     "gradient": "a micro-batch's gradient of a parameter has come (nan, flip: in it)",
     "update": "all ranks have agreed to update",
+    "weight": "a step is done (nan, flip: in a weight)",
+    "moment": "a step is done (nan, flip: in a moment of the optimizer)",
     "evaluate": "a split is about to be scored",
     "save.begin": "a save begins",
     "save.slices": "the directory is there, and a rank is about to write its file",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import faulthandler
 import fcntl
 import os
 import signal
@@ -25,6 +26,7 @@ from mpitrain.errors import ExitCode, MpitrainError, UsageError, code_of
 # Who tells a rank, before MPI is initialised, how many there are, and which one it is.
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "MPI_LOCALRANKID", "SLURM_PROCID")
+SECONDS_TO_START, SECONDS_TO_LEAVE = 600, 60  # in which nobody watches but the kernel
 PR_SET_TIMERSLACK = 29
 # USR1 is the one signal that both MPICH's and Open MPI's mpirun pass on; TERM and INT are best effort.
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -100,6 +102,16 @@ def nap_precisely() -> None:
         ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
 
 
+def die_unless_done_in(seconds: float) -> None:
+    """Be ended by a signal, which ends the job, and tell the stacks then; 0 is never. The kernel sees to it.
+
+    For when ranks wait for each other and cannot watch each other. Not every launcher minds a mere exit code.
+    """
+    with suppress(AttributeError, ValueError, OSError):  # standard error may be closed
+        faulthandler.register(signal.SIGALRM, chain=True)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 def seconds_since_start() -> float | None:
     """Since this process was started, imports and MPI's start included; None where that is not told."""
     started = start_of(os.getpid())
@@ -141,6 +153,7 @@ def install_abort_hooks(world: Any) -> None:
     threading.excepthook = lambda args: report(args.exc_type, args.exc_value, args.exc_traceback)
 
 
+SECONDS_FOR_LAST_WORDS = 5.0
 _last_words: list[Callable[[BaseException], object]] = []
 
 
@@ -154,6 +167,11 @@ def last_words(say: Callable[[BaseException], object]) -> Iterator[None]:
         _last_words.remove(say)
 
 
+def _say(say: Callable[[BaseException], object], error: BaseException) -> None:
+    with suppress(Exception):
+        say(error)
+
+
 def abort(world: Any, error: BaseException, trace: TracebackType | None) -> NoReturn:
     """Print the cause with this rank's number and take all ranks down with its exit code."""
     if isinstance(error, MpitrainError):
@@ -164,9 +182,10 @@ def abort(world: Any, error: BaseException, trace: TracebackType | None) -> NoRe
     with suppress(OSError):  # a closed standard error must not keep the others waiting
         os.write(2, text.encode(errors="replace"))
         let_the_launcher_read(2)
-    for say in _last_words:
-        with suppress(Exception):  # the disk may be what has failed
-            say(error)
+    for say in _last_words:  # a disk that answers no more may be the very cause
+        speaker = threading.Thread(target=_say, args=(say, error), daemon=True)
+        speaker.start()
+        speaker.join(SECONDS_FOR_LAST_WORDS)
     world.Abort(code_of(error))
     os._exit(ExitCode.FAULT)  # Abort need not return; if it does, this rank at least is gone
 

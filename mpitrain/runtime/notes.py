@@ -24,6 +24,7 @@ RECORD = struct.Struct("=6q128s")
 STATE, STATE_AT = struct.Struct("=q"), 16
 PULSE = struct.Struct("=dq")
 PULSE_AT = 192  # a cache line of its own, because a thread of its own writes it
+ASKED_AT = 224  # a byte that another rank sets when it calls the roll
 SIZE = 256
 
 

@@ -21,8 +21,9 @@ from mpitrain.runtime.agree import Comm, collect
 from mpitrain.runtime.launch import start_of
 
 STACK_SIGNAL = signal.SIGUSR2
-SECONDS_FOR_STACKS = 2.0
-SILENT = 5.0  # seconds after which a thread that beats once a second is taken to be held up
+SECONDS_FOR_STACKS = 2.5  # in which a watch that is awake looks at least once
+SECONDS_FOR_SIGNALS = 1.0
+SILENT = 8.0  # seconds after which a watch is taken to be held up: it beats once a second, unless it calls the roll
 PROCESS_STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waits for a disk or a file server"}
 
 
@@ -33,7 +34,7 @@ class Rank:
     Attributes:
         number: in the world.
         start: of its process, by which it is known (`launch.start_of`); None where processes cannot be seen.
-        stacks: descriptor, in its process, of a file that its stacks are written to when it gets STACK_SIGNAL.
+        stacks: descriptor, in its process, of a file that its stacks are written to when it is asked for them.
         memory: its notes.
     """
 
@@ -86,6 +87,7 @@ class Board:
         ]
         self.own = self.ranks[self.node.rank]
         self._pulse = 0
+        self.own.memory[notes.ASKED_AT] = 0
         notes.attach(self.own.memory)
         self.beat(alive=False)
         self.node.Barrier()
@@ -94,6 +96,12 @@ class Board:
         """This rank's watch is awake; `alive` counts as progress."""
         self._pulse += alive
         notes.PULSE.pack_into(self.own.memory, notes.PULSE_AT, time.monotonic(), self._pulse)
+
+    def answer(self) -> None:
+        """Write this rank's stacks if somebody asks for them: by the watch, while no other thread gets a turn."""
+        if self.own.memory[notes.ASKED_AT]:
+            self.own.memory[notes.ASKED_AT] = 0
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
 
     def speaks(self) -> bool:
         """Whether this rank is the one to speak for the node: the first whose watch is awake."""
@@ -137,32 +145,46 @@ def _grouped(texts: list[tuple[int, str]]) -> list[tuple[str, str]]:
     ]
 
 
-def describe_stacks(ranks: list[Rank]) -> str:
+def describe_stacks(board: Board) -> str:
     """What the threads of each rank do; equal stacks once."""
-    stacks = zip(ranks, take_stacks(ranks), strict=True)
+    take_stacks(board)
     lines = []
-    for who, stack in _grouped([(rank.number, stack) for rank, stack in stacks]):
+    for who, stack in _grouped([(rank.number, _stack_of(rank)) for rank in board.ranks]):
         lines += [f"stacks of {who}:", *(f"  {line}" for line in stack.splitlines() or ["none could be had"])]
     return "\n".join(lines)
 
 
-def take_stacks(ranks: list[Rank]) -> list[str]:
-    """Of each rank, by a signal whose handler needs no turn of Python's. Who was stopped goes on by this."""
-    alive = [rank for rank in ranks if rank.lives()]
+def take_stacks(board: Board) -> None:
+    """Have each rank write its stacks. Who was stopped goes on by this, and is late by no more than that.
+
+    Whose watch has no turn, because some thread does not give Python's lock back, is asked by a signal: its handler
+    needs no turn. It would not be safe where threads still run.
+    """
+    alive = [rank for rank in board.ranks if rank.lives()]
     for rank in alive:
-        for number in (STACK_SIGNAL, signal.SIGCONT):
+        rank.memory[notes.ASKED_AT] = 1
+        with suppress(OSError):
+            os.kill(rank.pid, signal.SIGCONT)
+    board.answer()
+    _wait_for_stacks(alive, SECONDS_FOR_STACKS)
+    for rank in alive:
+        if not _stack_of(rank):
             with suppress(OSError):
-                os.kill(rank.pid, number)
-    limit, before = time.monotonic() + SECONDS_FOR_STACKS, [""]
-    while (stacks := [_stack_of(rank) if rank in alive else "" for rank in ranks]) != before or not all(stacks):
+                os.kill(rank.pid, STACK_SIGNAL)
+    _wait_for_stacks(alive, SECONDS_FOR_SIGNALS)
+
+
+def _wait_for_stacks(ranks: list[Rank], seconds: float) -> None:
+    limit, before = time.monotonic() + seconds, [""]
+    while (stacks := [_stack_of(rank) for rank in ranks]) != before or not all(stacks):
         if time.monotonic() > limit:
-            break
+            return
         before = stacks
         time.sleep(0.1)
-    return stacks
 
 
 def _stack_of(rank: Rank) -> str:
+    """What it has written; nothing if its process cannot be seen."""
     try:
         text = Path(f"/proc/{rank.pid}/fd/{rank.stacks}").read_text(errors="replace")
     except OSError:

@@ -58,6 +58,7 @@ class Watch:
             # Not more: a job may be suspended as a whole, and go on later.
             elapsed, now = min(time.monotonic() - now, 2 * LOOK_EVERY), time.monotonic()
             used, worked = time.process_time() - time.thread_time() - worked, time.process_time() - time.thread_time()
+            self._board.answer()
             self._board.beat(alive=self._is_alive(used > WORKS * elapsed))
             progress = [rank.progress() for rank in self._board.ranks]
             moved, before = progress != before, progress
@@ -81,7 +82,8 @@ class Watch:
                 f"rank {self._neighbour.number} (process {self._neighbour.pid} of this node) is gone, and the launcher "
                 "has not ended the job"
             )
-        if self.hang_timeout and idle >= self.hang_timeout and self._board.speaks():
+        # News of other nodes' progress may be so much late.
+        if self.hang_timeout and idle >= self.hang_timeout + self._seconds_for_news and self._board.speaks():
             roll = call_the_roll(self._board.ranks)  # before any rank that was stopped goes on
             error = MpitrainError(
                 f"no rank has made progress for {self.hang_timeout:g} s (--runtime.hang_timeout); {roll}"
@@ -89,8 +91,10 @@ class Watch:
             # At once where there are other nodes: the first of them to end the job ends it for all.
             found = [roll] if self._gossip else []
             with suppress(OSError):
-                os.write(2, "\n".join([*found, describe_stacks(self._board.ranks), ""]).encode())
-            self._ended.wait(self._seconds_for_news)  # in which other nodes come to the same, and say it
+                os.write(2, "\n".join([*found, describe_stacks(self._board), ""]).encode())
+            limit = time.monotonic() + self._seconds_for_news  # in which other nodes come to the same, and say it
+            while time.monotonic() < limit and not self._ended.wait(LOOK_EVERY):
+                self._board.beat(alive=False)
             return error
         return None
 

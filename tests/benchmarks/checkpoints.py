@@ -30,7 +30,6 @@ from mpitrain.checkpoint.manifest import Progress  # noqa: E402
 from mpitrain.checkpoint.saver import Saver  # noqa: E402
 from mpitrain.observe.console import Console  # noqa: E402
 from mpitrain.runtime.agree import collect, share  # noqa: E402
-from mpitrain.runtime.memory import keep_freed_memory  # noqa: E402
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -80,7 +79,6 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
-    keep_freed_memory()
     folder = Path(share(world, tempfile.mkdtemp(prefix="checkpoints-", dir=options.folder) if world.rank == 0 else ""))
     settings = config.load(["--model", options.model, "--train.precision", "bf16"])
     console = Console(world.rank == 0)
