@@ -101,6 +101,7 @@ class Hang:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, gossip: bool) -> None:
         monkeypatch.setattr(watchdog, "LOOK_EVERY", 0.05)
         monkeypatch.setattr(watchdog, "GRACE", 60)
+        notes.begin_step(0)
         if gossip:  # as if each rank had a host of its own
             monkeypatch.setattr(watchdog, "Board", lambda world: Board(MPI.COMM_SELF))
         self.said: list[str] = []
