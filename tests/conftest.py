@@ -25,7 +25,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Only rank 0 reports; the others speak up when something fails."""
     config.addinivalue_line("markers", "gpu: needs a GPU (make test-gpu)")
     config.addinivalue_line("markers", "hosts: needs emulated hosts, and so root (make test-hosts)")
-    config.addinivalue_line("markers", "slow_ranks(sizes): numbers of ranks at which test_under_mpirun runs this")
     if _with_mpi(config) and _world().rank > 0:
         reporter = config.pluginmanager.getplugin("terminalreporter")
         reporter._tw._file = Path(os.devnull).open("w")  # noqa: SIM115 - open for as long as the process lives

@@ -2,7 +2,8 @@
 
 Each rank has a clock that it moves on when it has seen progress itself, and sets to the latest it has heard of
 (Lamport, "Time, clocks, and the ordering of events in a distributed system", 1978). So clocks rise as long as any rank
-gets on, stop soon after all have stopped, and who answers no more only leaves a few messages lying.
+gets on, stop soon after all have stopped, and who answers no more only leaves a few messages lying. An alarm is a time
+that is later than all others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from mpitrain.runtime.agree import Comm
 
 TAG = 1
 FAREWELL = -1
+ALARM = 1 << 62
 NAP = 1e-3  # seconds
 
 
@@ -28,6 +30,20 @@ class Gossip:
         self._clock = 0
         strides = [1 << bit for bit in range((world.size - 1).bit_length())]
         self._mail = [_Line(self._comm, stride) for stride in strides]
+
+    @property
+    def num_rounds(self) -> int:
+        """Exchanges after which a rumour has come to all, if all make them."""
+        return len(self._mail)
+
+    @property
+    def is_alarmed(self) -> bool:
+        """Whether any rank, as far as is known here, has raised the alarm."""
+        return self._clock >= ALARM
+
+    def raise_alarm(self) -> None:
+        """Tell all, with the next exchanges."""
+        self._clock = max(self._clock, ALARM)
 
     def exchange(self, progress: bool) -> bool:
         """Whether any rank has made progress since the last call, as far as is known here."""

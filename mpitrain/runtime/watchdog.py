@@ -25,6 +25,7 @@ from mpitrain.runtime.notes import State
 from mpitrain.runtime.rollcall import Board, call_the_roll, describe_stacks
 
 LOOK_EVERY = 1.0  # seconds
+HURRY = 10  # looks for one when the time is up, so that all nodes call their rolls at once
 GRACE = 5.0  # seconds for the launcher, which knows the exit code
 HANG_TIMEOUT = 600.0  # until the configuration is known
 WORKS = 5e-3  # share of a core that a process takes at least when it works
@@ -46,7 +47,8 @@ class Watch:
         self._neighbour = ranks[(node.rank + 1) % node.size]
         # Containers of their own number processes of their own: such a neighbour cannot be seen.
         self._sees = self._neighbour is not self._board.own and self._neighbour.lives()
-        self._seconds_for_news = 1 + LOOK_EVERY * world.size.bit_length() if self._gossip else 0.0
+        # Nodes hear of the last progress one after the other.
+        self._lag = LOOK_EVERY * (1 + self._gossip.num_rounds) if self._gossip else 0.0
         self._alarm, self._ended = alarm, threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
@@ -54,7 +56,7 @@ class Watch:
     def _look(self) -> None:
         now, worked, before = time.monotonic(), 0.0, [rank.progress() for rank in self._board.ranks]
         idle, gone = 0.0, 0.0
-        while not self._ended.wait(LOOK_EVERY):
+        while not self._ended.wait(LOOK_EVERY / (HURRY if self._alarmed or self._is_up(idle) else 1)):
             # Not more: a job may be suspended as a whole, and go on later.
             elapsed, now = min(time.monotonic() - now, 2 * LOOK_EVERY), time.monotonic()
             used, worked = time.process_time() - time.thread_time() - worked, time.process_time() - time.thread_time()
@@ -71,6 +73,14 @@ class Watch:
                 self._alarm(found)
                 return
 
+    def _is_up(self, idle: float) -> bool:
+        """Whether the time is, for all that is known here."""
+        return 0 < self.hang_timeout <= idle
+
+    @property
+    def _alarmed(self) -> bool:
+        return self._gossip is not None and self._gossip.is_alarmed
+
     def _is_alive(self, computes: bool) -> bool:
         """Whether this rank gets on though it notes nothing new."""
         state = notes.read(self._board.own.memory).state
@@ -82,21 +92,27 @@ class Watch:
                 f"rank {self._neighbour.number} (process {self._neighbour.pid} of this node) is gone, and the launcher "
                 "has not ended the job"
             )
-        # News of other nodes' progress may be so much late.
-        if self.hang_timeout and idle >= self.hang_timeout + self._seconds_for_news and self._board.speaks():
-            roll = call_the_roll(self._board.ranks)  # before any rank that was stopped goes on
-            error = MpitrainError(
-                f"no rank has made progress for {self.hang_timeout:g} s (--runtime.hang_timeout); {roll}"
-            )
-            # At once where there are other nodes: the first of them to end the job ends it for all.
-            found = [roll] if self._gossip else []
-            with suppress(OSError):
-                os.write(2, "\n".join([*found, describe_stacks(self._board), ""]).encode())
-            limit = time.monotonic() + self._seconds_for_news  # in which other nodes come to the same, and say it
-            while time.monotonic() < limit and not self._ended.wait(LOOK_EVERY):
-                self._board.beat(alive=False)
-            return error
+        if (self._alarmed or self._is_up(idle - self._lag)) and self._board.speaks():
+            return self._report()
         return None
+
+    def _report(self) -> MpitrainError:
+        """Say where all ranks of this node are; the stacks come last, as who was stopped goes on by being asked."""
+        roll, gossip = call_the_roll(self._board.ranks), self._gossip
+        if gossip is not None:  # the first node to end the job ends it for all
+            _write(roll)
+            gossip.raise_alarm()
+            self._wait_for_others(gossip, LOOK_EVERY * (1 + gossip.num_rounds / HURRY))
+        _write(describe_stacks(self._board))
+        if gossip is not None:
+            self._wait_for_others(gossip, LOOK_EVERY)
+        return MpitrainError(f"no rank has made progress for {self.hang_timeout:g} s (--runtime.hang_timeout); {roll}")
+
+    def _wait_for_others(self, gossip: Gossip, seconds: float) -> None:
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit and not self._ended.wait(LOOK_EVERY / HURRY):
+            self._board.beat(alive=False)
+            gossip.exchange(progress=False)
 
     def end(self) -> None:
         """Look no more (collective, and before the first rank may leave)."""
@@ -105,3 +121,8 @@ class Watch:
         if self._gossip is not None:
             self._gossip.close()
         self._board.close()
+
+
+def _write(text: str) -> None:
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
