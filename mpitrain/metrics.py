@@ -19,6 +19,7 @@ from mpitrain.errors import DataError
 
 MODES = ("conlleval", "strict")
 TOTALS = ("tokens_correct", "tokens", "sentences", "words")
+Scores = tuple[dict[str, Any], list[dict[str, Any]]]  # reports of a split and of each replica's share
 _PREFIXES = ("B-", "I-", "E-", "S-")
 
 

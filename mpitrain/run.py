@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,18 +22,20 @@ from mpitrain.dataset.loader import Split, open_split
 from mpitrain.dataset.sequences import Sequences
 from mpitrain.errors import DataError, UsageError, on_all_ranks
 from mpitrain.files import user_path
+from mpitrain.metrics import Scores
 from mpitrain.observe.console import Console
 from mpitrain.observe.record import RunDirectory, new_run_directory
 from mpitrain.optim import ShardedAdamW
 from mpitrain.place import DTYPES, Place, build_stage, find_place, say_stages
 from mpitrain.problem import Problem, find_problem
 from mpitrain.runtime.agree import Comm, any_rank, attempt, share
+from mpitrain.runtime.deadline import Deadline, find_deadline
 from mpitrain.runtime.device import place_on_node
 from mpitrain.runtime.launch import StopRequest
 from mpitrain.step import Stepper
 from mpitrain.weigh import balance
 
-Scores = tuple[dict[str, Any], list[dict[str, Any]]]  # of all, and of each replica's share
+RECENT = 20  # steps
 LEARNING_RATES = {"pretrained": 5e-5, "scratch": 1e-3}
 
 
@@ -50,8 +54,10 @@ class Run:
     stepper: Stepper
     saver: Saver
     stop: StopRequest
+    deadline: Deadline
     progress: Progress = field(default_factory=Progress)
     scores: dict[str, Scores] = field(default_factory=dict)  # by split, of the present weights
+    last_steps: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # seconds of each
 
     @property
     def world(self) -> Comm:
@@ -79,7 +85,22 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claim
     say_plan(console, config, plan, num_steps, peak)
     directory = open_run_directory(comm, config, console, claimed)
     saver = Saver(place.mesh.world, directory.checkpoints, asynchronous=config.checkpoint.asynchronous)
-    return Run(config, console, problem, place, directory, plan, num_steps, splits, stepper, saver, stop)
+    deadline = await_deadline(comm, config, console)
+    return Run(config, console, problem, place, directory, plan, num_steps, splits, stepper, saver, stop, deadline)
+
+
+def await_deadline(comm: Comm, config: Config, console: Console) -> Deadline:
+    """The end of this job's time, of which rank 0 alone knows (collective)."""
+    limit = config.runtime.time_limit
+    deadline, obstacle = attempt(
+        comm, "asking for the time limit", lambda: find_deadline(limit) if comm.rank == 0 else (Deadline(), "")
+    )
+    if obstacle:
+        console.warn(f"{obstacle}; --runtime.time_limit tells it")
+    if math.isfinite(deadline.at):
+        left = timedelta(seconds=round(deadline.left()))
+        console.say("time", f"{left} left ({deadline.told_by}): a checkpoint and exit code 75 before that")
+    return deadline
 
 
 def build_stepper(

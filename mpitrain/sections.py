@@ -40,6 +40,25 @@ def _some_seconds(value: float) -> float:
     return value
 
 
+def seconds_of(text: str) -> float:
+    """Seconds, minutes:seconds, hours:minutes:seconds, or days-hours:minutes:seconds, as schedulers write them.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    found = re.fullmatch(r"(?:(?:(?:(\d+)-)?(\d+):)?(\d+):)?(\d+(?:\.\d+)?)", text)
+    if found is None:
+        raise ValueError("should be auto, seconds, or [days-]hours:minutes:seconds")
+    days, hours, minutes, seconds = (float(number or 0) for number in found.groups())
+    return seconds + 60 * (minutes + 60 * (hours + 24 * days))
+
+
+def _time_limit(value: Any) -> Any:
+    if isinstance(value, str):
+        return None if value == "auto" else seconds_of(value)
+    return value
+
+
 class Section(BaseModel):
     """A part of the configuration; the text under a field is its help."""
 
@@ -155,6 +174,9 @@ class Runtime(Section):
 
     hang_timeout: Annotated[float, Field(allow_inf_nan=False), AfterValidator(_some_seconds)] = 600.0
     """seconds without progress of any rank after which the job is ended, with where each rank is; 0 is never"""
+    time_limit: Annotated[float | None, Field(ge=0, allow_inf_nan=False), BeforeValidator(_time_limit)] = None
+    """when to have stopped with a checkpoint, in seconds or [days-]hours:minutes:seconds from the start on; 0 is never;
+    auto asks the scheduler (Slurm, PBS, LSF, Flux) how long the job may go on"""
     check_every: Annotated[int, Field(ge=0)] = 100
     """steps between checks that replicas hold the same bits, and none changes until the next update; 0 is never"""
 

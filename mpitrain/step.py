@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +30,13 @@ from mpitrain.runtime.mesh import Mesh
 from mpitrain.runtime.notes import begin_step, note
 from mpitrain.sections import Train
 
+Question = Callable[[], bool]
 PAD = 0  # a token that every vocabulary has; what becomes of it has no part in the loss
+
+
+def never() -> bool:
+    """No."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -118,15 +124,15 @@ class Stepper:
         return loaded
 
     def run(
-        self, plan: StepPlan, micro_batches: Sequence[MicroBatch], *, stop: bool = False, ready: bool = False
+        self, plan: StepPlan, micro_batches: Sequence[MicroBatch], *, stop: Question = never, ready: Question = never
     ) -> StepResult:
         """Train on this replica's micro-batches of `plan` (collective over the mesh).
 
         Args:
             plan: the step.
             micro_batches: as `load` gives them.
-            stop: this rank was asked to stop.
-            ready: this rank is ready for something that all ranks do together.
+            stop: whether this rank was asked to stop; called before the vote.
+            ready: whether it is ready for something that all ranks do together; likewise.
 
         Raises:
             MpitrainError: on all ranks, if replicas have drifted apart.
@@ -149,7 +155,7 @@ class Stepper:
         self._record("wait for reduce", computed)
         reduced = time.perf_counter()
         note(b"vote on the update")
-        loss, grad_norm, stop, ready = self._agree(loss, stop, ready)
+        loss, grad_norm, stops, is_ready = self._agree(loss, stop(), ready())
         wire_errors = self._measure_wire()
         learning_rate = learning_rate_at(plan.step, self.num_steps, self.peak_learning_rate, self.options.warmup_ratio)
         updated = math.isfinite(grad_norm) and math.isfinite(loss)
@@ -168,7 +174,7 @@ class Stepper:
             "update": time.perf_counter() - reduced,
             "gather": gathering,
         }
-        return StepResult(loss, grad_norm, learning_rate, updated, stop, ready, seconds, wire_errors)
+        return StepResult(loss, grad_norm, learning_rate, updated, stops, is_ready, seconds, wire_errors)
 
     def _agree(self, loss: float, stop: bool, ready: bool) -> tuple[float, float, bool, bool]:
         """Loss and gradient norm of the batch, any to stop, all ready: one vote, with the same bits everywhere."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from mpitrain.runtime.launch import StopRequest, last_words, seconds_since_start
 from mpitrain.runtime.notes import note
 from mpitrain.step import StepResult
 from mpitrain.tracing import Tracing
+
+CAUTION = 1.5  # what comes next may take so many times as long as before
+SECONDS_TO_LEAVE = 2.0  # from the last checkpoint to the end of all processes
 
 
 def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tuple[int, Path]:
@@ -52,8 +56,7 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
             tracing.close()
             save_checkpoint(run)
             run.saver.finish()
-            if not stopped:
-                report_best(run)
+            stopped = stopped or report_best(run)
             reach("end")
             run.close()
             comm.Barrier()  # a rank that fails until here has the last word in exit.json
@@ -91,8 +94,8 @@ def forget_last_exit(comm: Comm, out: Path | None) -> RunDirectory | None:
 
 def run_steps(run: Run, tracing: Tracing) -> str:
     """Train until the last step, the end of patience or a signal; names the signal, if any (collective)."""
-    if evaluation_is_due(run):  # a signal came between the last step of an epoch and its evaluation
-        evaluate_dev(run)
+    if evaluation_is_due(run) and not evaluate_dev(run):  # the last start was stopped before it
+        return who_stops(run)
     split = run.splits["train"]
     plans = (run.plan.step(step) for step in range(run.progress.step, 0 if is_hopeless(run) else run.num_steps))
     batches = prefetch(plans, lambda plan: run.stepper.load(plan, split))
@@ -103,7 +106,7 @@ def run_steps(run: Run, tracing: Tracing) -> str:
         for plan, micro_batches in batches:
             seconds = {"data": time.perf_counter() - began}
             tracing.begin(plan.step + 1)
-            result = run.stepper.run(plan, micro_batches, stop=bool(run.stop), ready=run.saver.is_ready())
+            result = run.stepper.run(plan, micro_batches, stop=partial(is_to_stop, run), ready=run.saver.is_ready)
             run.progress.step = plan.step + 1
             run.scores.clear()
             record_step(run, plan, result, time.perf_counter() - began, seconds | result.seconds)
@@ -113,10 +116,8 @@ def run_steps(run: Run, tracing: Tracing) -> str:
             if run.progress.step == first and (waited := seconds_since_start()) is not None:
                 run.console.say("start", f"{waited:.1f} s from this program's start to the end of a step")
             refuse_to_go_on_without_updates(run)
-            if result.stop:
-                return str(next(names[0] for names in collect(run.world, run.stop.signals) if names))
-            if evaluation_is_due(run):
-                evaluate_dev(run)
+            if result.stop or (evaluation_is_due(run) and not evaluate_dev(run)):
+                return who_stops(run)
             if run.progress.step % run.config.checkpoint.every == 0:
                 save_checkpoint(run)
             if is_hopeless(run):
@@ -129,8 +130,25 @@ def run_steps(run: Run, tracing: Tracing) -> str:
     return ""
 
 
+def is_to_stop(run: Run) -> bool:
+    """Whether this rank was asked to stop, or knows that the time is needed for one more step and a save."""
+    if not run.stop and math.isfinite(run.deadline.at):
+        num_bytes = sum(piece.values.nbytes for piece in run.stepper.optimizer.slices())
+        num_saves = 2 + ((run.progress.step + 1) % run.config.checkpoint.every == 0)  # one is under way, perhaps
+        needed = max(run.last_steps, default=0.0) + num_saves * run.saver.seconds_of_save(num_bytes)
+        if run.deadline.left() < CAUTION * needed + SECONDS_TO_LEAVE:
+            run.stop.signals.append(f"the end of its time ({run.deadline.told_by})")
+    return bool(run.stop)
+
+
+def who_stops(run: Run) -> str:
+    """What has stopped the run on the first rank that was asked to (collective)."""
+    return str(next(names[0] for names in collect(run.world, run.stop.signals) if names))
+
+
 def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, parts: dict[str, float]) -> None:
     """A line in metrics.jsonl, and what a person sees."""
+    run.last_steps.append(seconds)
     metrics: dict[str, Any] = {
         "step": plan.step + 1,
         "epoch": plan.epoch,
@@ -174,12 +192,24 @@ def evaluation_is_due(run: Run) -> bool:
     return "dev" in run.splits and at_end and run.progress.evaluated_step != step
 
 
-def evaluate_dev(run: Run) -> None:
-    """Score the dev split, remember the best, and save it (collective)."""
-    progress = run.progress
+def score(run: Run, name: str) -> bool:
+    """Score a split, if these weights were not yet; False if the run is to stop before the end (collective)."""
     note(b"evaluation")
+    if name not in run.scores:
+        stage, split = run.stepper.executor, run.splits[name]
+        found = evaluate(stage, run.place, run.problem, split, partial(is_to_stop, run))
+        if found is None:
+            return False
+        run.scores[name] = found
+    return True
+
+
+def evaluate_dev(run: Run) -> bool:
+    """Score the dev split, remember the best, and save it; False if the run is to stop before the end (collective)."""
+    progress = run.progress
     began = time.perf_counter()
-    run.scores["dev"] = evaluate(run.stepper.executor, run.place, run.problem, run.splits["dev"])
+    if not score(run, "dev"):
+        return False
     scores, _ = run.scores["dev"]
     progress.evaluated_step = progress.step
     better = scores["f1_conlleval"] > progress.best_f1
@@ -194,6 +224,7 @@ def evaluate_dev(run: Run) -> None:
         progress.best_f1, progress.best_step = scores["f1_conlleval"], progress.step
         if run.config.checkpoint.best:
             save_checkpoint(run)
+    return True
 
 
 def is_hopeless(run: Run) -> bool:
@@ -217,16 +248,20 @@ def take_best_weights(run: Run) -> None:
     run.console.say("best", f"weights of step {run.progress.best_step}, the best on dev")
 
 
-def report_best(run: Run) -> None:
-    """Scores of dev and test by the best weights, or by the last ones if those are not kept (collective)."""
+def report_best(run: Run) -> str:
+    """Scores of dev and test by the best weights, or by the last ones if those are not kept (collective).
+
+    Names what has stopped the run before the end, if anything has.
+    """
     if run.config.checkpoint.best and run.progress.best_step not in (-1, run.progress.step):
         take_best_weights(run)
     for name in ("dev", "test"):
-        if name in run.splits and name not in run.scores:
-            run.scores[name] = evaluate(run.stepper.executor, run.place, run.problem, run.splits[name])
+        if name in run.splits and not score(run, name):
+            return who_stops(run)
     if run.scores:
         name, (report, replicas) = list(run.scores.items())[-1]
         plain = is_plain(run.problem.label_names)
         run.console.show(score_table(name, report, replicas, plain=plain))
         if run.world.rank == 0:
             run.directory.write("eval.json", {name: scores for name, (scores, _) in run.scores.items()})
+    return ""

@@ -33,6 +33,7 @@ from mpitrain.problem import Problem
 from mpitrain.run import LEARNING_RATES, build_stepper, make_plan
 from mpitrain.runtime.agree import Comm, attempt, collect, share, together
 from mpitrain.runtime.notes import State, note
+from mpitrain.step import never
 from mpitrain.weigh import balance
 
 LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
@@ -126,7 +127,7 @@ class Workload:
             loading = perf_counter()
             micro_batches = self.stepper.load(plan, self._split)
             loaded = {"data": perf_counter() - loading}
-            result = self.stepper.run(plan, micro_batches, ready=saver is not None and saver.is_ready())
+            result = self.stepper.run(plan, micro_batches, ready=saver.is_ready if saver is not None else never)
             if saver is not None and result.ready:
                 saver.advance()
             parts.append(loaded | result.seconds)

@@ -32,6 +32,7 @@ from mpitrain.files import Image
 from mpitrain.runtime.agree import Comm, gather, share, together
 from mpitrain.runtime.failpoints import reach
 
+SLOW_DISK = 5e7  # bytes a second, until a save has been measured
 HEADERS = 1 << 12  # bytes that HDF5 takes for a tensor beside its values, at most
 
 
@@ -47,6 +48,7 @@ class Saver:
         self._phases: Iterator[None] = iter(())
         self._saved: Progress | None = None  # last, or under way
         self._seconds = 0.0  # of the caller
+        self._longest = 0.0  # from the begin of a save to its commit
 
     def save(
         self,
@@ -116,6 +118,10 @@ class Saver:
         while self._work is not None:
             self.advance()
 
+    def seconds_of_save(self, num_bytes: int) -> float:
+        """How long the longest save took, or one of so many bytes of this rank may take."""
+        return self._longest or num_bytes / SLOW_DISK
+
     def take_seconds(self) -> float:
         """Time that callers have spent here since the last call: while they did, nothing was trained."""
         seconds, self._seconds = self._seconds, 0.0
@@ -129,7 +135,7 @@ class Saver:
         self, final: Path, slices: list[StateSlice], described: dict[str, Any], documents: dict[str, str], keep: int
     ) -> Iterator[None]:
         comm = self._comm
-        aside = final.with_name(f"{final.name}.tmp-{share(comm, secrets.token_hex(4))}")
+        aside, began = final.with_name(f"{final.name}.tmp-{share(comm, secrets.token_hex(4))}"), time.monotonic()
         try:
             with cleared_if_in_vain(comm, aside):
                 with together(comm, f"making {aside}"), can_be_written(aside):
@@ -146,7 +152,7 @@ class Saver:
                 work = self._begin(lambda: self._commit(aside, final, everyone, described, keep))
                 yield
                 with together(comm, f"committing {final}"), can_be_written(final):
-                    work.result()
+                    self._longest = max(self._longest, work.result() - began)
         finally:
             self._work = None
 
@@ -164,7 +170,8 @@ class Saver:
         entries = write_slices(aside / f"rank-{self._comm.rank:05d}.h5", slices, self._image)
         return entries | (write_documents(aside, documents) if self._comm.rank == 0 else {})
 
-    def _commit(self, aside: Path, final: Path, everyone: list[Any], described: dict[str, Any], keep: int) -> None:
+    def _commit(self, aside: Path, final: Path, everyone: list[Any], described: dict[str, Any], keep: int) -> float:
+        """When it was done."""
         if self._comm.rank == 0:
             manifest = Manifest(
                 version=VERSION,
@@ -175,3 +182,4 @@ class Saver:
             )
             commit(aside, final, manifest)
             retain(self._checkpoints, keep, manifest.progress.best_step)
+        return time.monotonic()

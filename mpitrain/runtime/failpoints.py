@@ -155,6 +155,7 @@ ACTIONS: dict[str, Callable[[float], object]] = {
     "raise": _raise,
     "sleep": time.sleep,  # for so many seconds: sleep0.05
     "stop": lambda value: os.kill(os.getpid(), signal.SIGSTOP),
+    "ask": lambda value: os.kill(os.getpid(), signal.SIGUSR1),  # for a checkpoint and an end
     "leave": lambda value: sys.exit(3),
     "vanish": lambda value: os._exit(3),
     "full": _fill_disk,

@@ -1,4 +1,4 @@
-"""Cases 2, 9, 10, 16 and 26: signals, numbers that are not finite, a full disk, starts in vain."""
+"""Cases 2, 5, 9, 10, 13, 16, 26 and 27: signals, time limits, numbers that are not finite, saves, starts in vain."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ NAPS = {
         lambda run: len(metrics_of(run)) >= 2 and list(run.glob("checkpoints/*.tmp*")),
     ),
     "evaluate": ("evaluate:0:1=sleep0.5", lambda run: len(metrics_of(run)) >= 3),
+    "the last evaluation": ("evaluate:1:3=sleep0.5", lambda run: len(metrics_of(run)) >= NUM_STEPS),
     "save before the last step": ("save.slices:1:5=sleep0.5", lambda run: len(metrics_of(run)) >= NUM_STEPS - 1),
 }
 FULL = [("save.slices", 1), ("save.hash", 1), ("save.manifest", 0), ("save.rename", 0)]
@@ -83,6 +85,58 @@ def test_a_signal_at_a_random_instant(reference: Exam, told, number):
     else:
         step = assert_stopped(reference, out, "SIGUSR1", done)
     told(f"SIGUSR1 to mpirun {delay:.2f} s after the run directory was there (SEED={SEED})", f"step {step}, bit-equal")
+
+
+@pytest.mark.case(5)
+@pytest.mark.parametrize("steps", [[1], [2], [3], [4], [5], [NUM_STEPS], [1, 2], [4, 5], [2, 3, 4]])
+def test_a_run_that_stops_anywhere_goes_on_bit_for_bit(reference: Exam, told, steps):
+    """The first three steps are an epoch, so 3 is the last of one and 4 the first of the next."""
+    out = f"stop-{'-'.join(map(str, steps))}"
+    for before, step in pairwise([0, *steps]):
+        done = reference.run(2, out, MPITRAIN_FAILPOINT=f"reduce:1:{step - before}=ask")
+        assert done.returncode == ExitCode.STOPPED, done.stdout + done.stderr
+        assert exit_of(reference.place / out) == {"code": 75, "reason": "stopped by SIGUSR1", "step": step}
+    reference.finish(2, out, steps[-1])
+    told(
+        f"stopped in step {', then '.join(map(str, steps))} of {NUM_STEPS}",
+        "same data, losses, weights, moments, scores",
+    )
+
+
+LIMIT, SAVE = 14, 2  # seconds
+TIMED = ("--train.epochs", "999", "--runtime.time_limit", str(LIMIT))
+
+
+@pytest.mark.case(27)
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_time_limit_leaves_time_for_a_save(reference: Exam, told, asynchronous):
+    out = f"limit-{asynchronous}"
+    reference.reference(2)
+    naps = f"save.hash:1=sleep{SAVE},forward:0=sleep0.05"
+    settings = (*TIMED, "--checkpoint.every", "15", "--checkpoint.async", asynchronous, "--checkpoint.best", "false")
+    began = time.monotonic()
+    done = reference.run(2, out, settings=settings, MPITRAIN_FAILPOINT=naps)
+    took = time.monotonic() - began
+    assert done.returncode == ExitCode.STOPPED, done.stdout + done.stderr
+    found = exit_of(reference.place / out)
+    assert found["reason"] == "stopped by the end of its time (--runtime.time_limit)"
+    assert steps_of(reference.place / out)[-1] == found["step"] == len(metrics_of(reference.place / out))
+    assert len(steps_of(reference.place / out)) == 2 and LIMIT / 2 < took < LIMIT
+    told(
+        f"{LIMIT} s of time, saves of {SAVE} s, async {asynchronous}",
+        f"saved and stopped after {took:.1f} s, exit code 75",
+    )
+
+
+@pytest.mark.case(27)
+def test_a_job_of_slurm_stops_before_its_end(reference: Exam, told):
+    reference.reference(2)
+    end = {"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": str(int(time.time()) + LIMIT)}
+    done = reference.run(2, "slurm-limit", settings=TIMED[:2], MPITRAIN_FAILPOINT="forward:0=sleep0.05", **end)
+    assert done.returncode == ExitCode.STOPPED, done.stdout + done.stderr
+    assert exit_of(reference.place / "slurm-limit")["reason"] == "stopped by the end of its time (Slurm)"
+    assert time.time() < int(end["SLURM_JOB_END_TIME"])
+    told(f"a job that Slurm ends after {LIMIT} s", "saved and stopped before, exit code 75")
 
 
 @pytest.mark.case(2)
