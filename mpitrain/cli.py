@@ -137,14 +137,17 @@ def run(world: Any, command: str, arguments: list[str], stop: launch.StopRequest
     """A command's exit code, the same on all ranks; errors that not all ranks share end the job instead."""
     from mpitrain.observe.console import Console
     from mpitrain.runtime import failpoints
-    from mpitrain.runtime.agree import attempt
+    from mpitrain.runtime.agree import attempt, require_same
+    from mpitrain.runtime.identity import program
     from mpitrain.runtime.notes import State, note
 
     console = Console(world.rank == 0, to_stderr=command == "predict")
     try:
         attempt(world, "reading the environment", lambda: failpoints.arm(world.rank))
         options, settings = attempt(world, "reading the configuration", lambda: _read_arguments(command, arguments))
-        same_on_all_ranks(world, {"command": command, **vars(options), **settings.model_dump()})
+        told = {"command": command, **vars(options), **flat(settings.model_dump(mode="json"))}
+        require_same(world, "settings", {key: str(value) for key, value in told.items()})
+        require_same(world, "the program", attempt(world, "looking at the program", program))
         watch.hang_timeout = settings.runtime.hang_timeout
         note(b"loading libraries", state=State.WORKING)
         failpoints.reach("start")
@@ -160,24 +163,18 @@ def run(world: Any, command: str, arguments: list[str], stop: launch.StopRequest
         return error.code
 
 
+def flat(table: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
+    """A table of tables by their dotted flags."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def _read_arguments(command: str, arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     own, fields = split_arguments(arguments)
     options = command_parser(command).parse_args(own)
     return options, config.load(fields, options.config)
-
-
-def same_on_all_ranks(world: Any, settings: dict[str, Any]) -> None:
-    """Refuse ranks that were told different things, by a variable set on one node, say: they would wait for ever."""
-    from mpitrain.runtime.agree import collect
-
-    for rank, other in enumerate(everyone := collect(world, {key: str(value) for key, value in settings.items()})):
-        for key, value in other.items():
-            if value != everyone[0][key]:
-                raise on_all_ranks(
-                    UsageError(
-                        f"{key}: rank {rank} was told {value}, rank 0 {everyone[0][key]}; all must be told the same"
-                    )
-                )
 
 
 def _train(world: Any, arguments: list[str], settings: Config, console: Console, stop: launch.StopRequest) -> int:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import StringConstraints
 
-from mpitrain.errors import UsageError
+from mpitrain.errors import MpitrainError, UsageError
 
 PIECE = 1 << 22  # bytes that are hashed and written at a time
 
@@ -29,6 +29,15 @@ def user_path(flag: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(f"{flag} {path}: {error.strerror}; give a path that can be written") from None
+
+
+@contextmanager
+def can_be_written(place: Path, otherwise: str = "see to the disk, then start again") -> Iterator[None]:
+    """A full disk, a quota or a directory that has vanished is nobody's bug: an MpitrainError that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise MpitrainError(f"{place}: cannot be written: {error.strerror or error}; {otherwise}") from error
 
 
 def file_hash(path: Path) -> str:

@@ -20,7 +20,7 @@ from mpitrain.metrics import Counts
 from mpitrain.model.card import ModelCard, resolve_model
 from mpitrain.model.pretrained import Pretrained, read_pretrained
 from mpitrain.observe.console import Console
-from mpitrain.runtime.agree import Comm, attempt, share
+from mpitrain.runtime.agree import Comm, attempt, require_same, share
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def find_problem(comm: Comm, config: Config, console: Console) -> Problem:
     model = attempt(comm, "resolving --model", lambda: resolve_model(config.model))
     directory = prepare_data(comm, config, model, console)
     problem, info = attempt(comm, "opening model and data", lambda: _open(config, model, directory))
+    require_same(comm, f"--model {config.model}", {name: str(value) for name, value in problem.card}, DataError)
     verify_dataset(comm, directory, info)
     return problem
 

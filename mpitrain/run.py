@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from mpitrain.observe.record import RunDirectory, new_run_directory
 from mpitrain.optim import ShardedAdamW
 from mpitrain.place import DTYPES, Place, build_stage, find_place, say_stages
 from mpitrain.problem import Problem, find_problem
-from mpitrain.runtime.agree import Comm, any_rank, attempt, share
+from mpitrain.runtime.agree import Comm, any_rank, attempt, share, together
 from mpitrain.runtime.deadline import Deadline, find_deadline
 from mpitrain.runtime.device import place_on_node
 from mpitrain.runtime.launch import StopRequest
@@ -196,9 +197,17 @@ def open_run_directory(comm: Comm, config: Config, console: Console, claimed: Ru
     made = attempt(
         comm, "making the run directory", lambda: _make_directory(config, claimed) if comm.rank == 0 else None
     )
-    path = Path(share(comm, str(made.path) if made else ""))
-    console.say("run", str(path))
-    return made or RunDirectory(path)
+    path, token = share(comm, [str(made.path), made.token] if made else None)
+    directory = made or RunDirectory(Path(path))
+    with together(comm, "looking for the run directory"):
+        if not directory.is_seen(token):
+            raise UsageError(
+                f"--out {directory.path.absolute()}: rank {comm.rank} on {platform.node()} does not see what rank 0 "
+                "has written there; give a directory on a file system that all nodes share, and start all ranks in the "
+                "same one"
+            )
+    console.say("run", path)
+    return directory
 
 
 def _make_directory(config: Config, claimed: RunDirectory | None) -> RunDirectory:

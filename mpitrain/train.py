@@ -43,7 +43,7 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
 
     def write_exit(error: BaseException) -> None:
         if directory is not None:
-            with suppress(OSError):  # the disk may be what has failed
+            with suppress(MpitrainError):  # the disk may be what has failed
                 directory.write_exit(code_of(error), str(error) or repr(error), run.progress.step if run else 0)
 
     try:

@@ -44,18 +44,6 @@ def cleared_if_in_vain(comm: Comm, aside: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def can_be_written(place: Path) -> Iterator[None]:
-    """A full disk, a quota or a directory that has vanished is nobody's bug."""
-    try:
-        yield
-    except OSError as error:
-        raise MpitrainError(
-            f"{place}: cannot be written: {error.strerror or error}; the checkpoints before it are as they were: "
-            "see to the disk, then start again"
-        ) from error
-
-
 def refresh(final: Path, progress: Progress) -> None:
     """Write the progress of a committed checkpoint anew, if it is another: an evaluation may have come after it."""
     manifest = read_manifest(final)

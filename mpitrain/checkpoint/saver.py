@@ -18,7 +18,6 @@ from typing import Any
 from mpitrain import __version__
 from mpitrain.checkpoint.manifest import MANIFEST, VERSION, Manifest, Progress
 from mpitrain.checkpoint.save import (
-    can_be_written,
     cleared_if_in_vain,
     commit,
     fill_file,
@@ -28,10 +27,11 @@ from mpitrain.checkpoint.save import (
     write_slices,
 )
 from mpitrain.comm.buckets import StateSlice
-from mpitrain.files import Image
+from mpitrain.files import Image, can_be_written
 from mpitrain.runtime.agree import Comm, gather, share, together
 from mpitrain.runtime.failpoints import reach
 
+AS_BEFORE = "the checkpoints before it are as they were: see to the disk, then start again"
 SLOW_DISK = 5e7  # bytes a second, until a save has been measured
 HEADERS = 1 << 12  # bytes that HDF5 takes for a tensor beside its values, at most
 
@@ -82,7 +82,7 @@ class Saver:
         began = time.perf_counter()
         final = self._checkpoints / f"step-{progress.step:08d}"
         if share(self._comm, (final / MANIFEST).is_file()):
-            with together(self._comm, f"updating {final}"), can_be_written(final):
+            with together(self._comm, f"updating {final}"), can_be_written(final, AS_BEFORE):
                 if self._comm.rank == 0:
                     refresh(final, progress)
                     retain(self._checkpoints, keep, progress.best_step)
@@ -138,20 +138,20 @@ class Saver:
         aside, began = final.with_name(f"{final.name}.tmp-{share(comm, secrets.token_hex(4))}"), time.monotonic()
         try:
             with cleared_if_in_vain(comm, aside):
-                with together(comm, f"making {aside}"), can_be_written(aside):
+                with together(comm, f"making {aside}"), can_be_written(aside, AS_BEFORE):
                     reach("save.begin")
                     if comm.rank == 0:
-                        aside.mkdir(parents=True)
+                        aside.mkdir()  # not its parents: whoever has deleted the run directory meant it
                     if self._image is not None:
                         self._copy(slices)
                 work = self._begin(lambda: self._write(aside, slices, documents))
                 yield
-                with together(comm, f"writing {aside}"), can_be_written(aside):
+                with together(comm, f"writing {aside}"), can_be_written(aside, AS_BEFORE):
                     entries = work.result()
                 everyone = gather(comm, [entries, {piece.name: list(piece.shape) for piece in slices}])
                 work = self._begin(lambda: self._commit(aside, final, everyone, described, keep))
                 yield
-                with together(comm, f"committing {final}"), can_be_written(final):
+                with together(comm, f"committing {final}"), can_be_written(final, AS_BEFORE):
                     self._longest = max(self._longest, work.result() - began)
         finally:
             self._work = None

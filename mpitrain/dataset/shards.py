@@ -21,7 +21,7 @@ from mpitrain.dataset.recipe import Split
 from mpitrain.dataset.tokenize import Encoded
 from mpitrain.errors import DataError
 from mpitrain.files import FileName, Sink, file_hash, is_sealed, sync
-from mpitrain.runtime.agree import Comm, together
+from mpitrain.runtime.agree import Comm, require_same, together
 
 IGNORED = -100  # label of [CLS], [SEP] and of all pieces of a word but the first
 INDEX_FILE = "dataset.json"
@@ -156,11 +156,12 @@ def write_shard(
 
 
 def verify_dataset(comm: Comm, directory: Path, info: DatasetInfo) -> None:
-    """Check every shard once, shared out over the ranks (collective).
+    """Check that all ranks see the same dataset, and every shard of it once, shared out over the ranks (collective).
 
     Raises:
         DataError: on all ranks; names the file, the dataset and the row.
     """
+    require_same(comm, f"data in {directory}", {f"sha256 of {INDEX_FILE}": info.seal}, DataError)
     entries = [entry for shards in info.splits.values() for entry in shards]
     with together(comm, f"checking the shards of {directory}"):
         for entry in entries[comm.rank :: comm.size]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import platform
 import re
+import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mpitrain.errors import UsageError
-from mpitrain.files import replace_file
+from mpitrain.files import can_be_written, replace_file
 
-STARTS = "starts.json"
+STARTS, LOCK = "starts.json", "lock"
+JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
 SECONDS_FOR_A_PREDECESSOR = 10  # a job that was killed may take a moment to be gone
 
 
@@ -23,6 +28,7 @@ class RunDirectory:
         """Use `path`, which `create` makes."""
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.token = secrets.token_hex(8)  # of whoever has made it
 
     def create(self) -> None:
         """Make the directory and its parents, and keep others from writing into it for as long as this object lives.
@@ -33,22 +39,40 @@ class RunDirectory:
         if self.path.is_dir() and any(self.path.iterdir()) and not self.checkpoints.is_dir():
             raise UsageError(f"--out {self.path}: holds other things than a run; give a new or an empty directory")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / "lock").open("a")
+        self._lock = (self.path / LOCK).open("a+", encoding="utf-8")
         for _ in range(SECONDS_FOR_A_PREDECESSOR):
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
             except BlockingIOError:
                 time.sleep(1)
+                continue
             except OSError:
-                return  # a file system without locks: the scheduler has to see to it there
-        raise UsageError(f"--out {self.path}: another job writes to it; wait for its end, stop it, or give another")
+                pass  # a file system without locks: the scheduler has to see to it there
+            self._lock.truncate(0)
+            self._lock.write(f"{_whose()}\n{self.token}\n")
+            self._lock.flush()
+            return
+        self._lock.seek(0)
+        raise UsageError(
+            f"--out {self.path}: another job writes to it ({self._lock.readline().strip()}); wait for its end, "
+            "stop it, or give another"
+        )
+
+    def is_seen(self, token: str) -> bool:
+        """Whether this rank sees what the rank of that token has written; network file systems may take a moment."""
+        for wait in (0.0, 0.1, 0.9, 2.0, 7.0):
+            time.sleep(wait)
+            with suppress(OSError):
+                if token in (self.path / LOCK).read_text(encoding="utf-8"):
+                    return True
+        return False
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that will be done again, because the run resumes from an earlier checkpoint."""
         lines = [line for line in self._metric_lines() if 0 < _step_of(line) <= step]
-        replace_file(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
-        (self.path / "exit.json").unlink(missing_ok=True)
+        with can_be_written(self.path):
+            replace_file(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+            (self.path / "exit.json").unlink(missing_ok=True)
 
     def count_start(self, step: int) -> int:
         """How many starts in a row have begun at this step, this one included; none of those before came to an end."""
@@ -67,12 +91,14 @@ class RunDirectory:
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a line for a step."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / "metrics.jsonl"
+        with can_be_written(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
     def write(self, name: str, value: Any) -> None:
         """Replace a JSON file as a whole."""
-        replace_file(self.path / name, json.dumps(value, indent=1) + "\n")
+        with can_be_written(self.path / name):
+            replace_file(self.path / name, json.dumps(value, indent=1) + "\n")
 
     def write_exit(self, code: int, reason: str, step: int) -> None:
         """Leave the exit code where every launcher's quirks cannot reach it."""
@@ -82,6 +108,12 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
         return [line for line in lines[:-1] if line]  # what stands behind the last newline was cut by a kill
+
+
+def _whose() -> str:
+    """This process, for those who find its lock."""
+    job = next((f", job {os.environ[name]}" for name in JOBS if name in os.environ), "")
+    return f"process {os.getpid()} on {platform.node()}{job}"
 
 
 def _step_of(line: str) -> int:

@@ -6,7 +6,8 @@ Messages are JSON in upper-case (buffer) calls: nothing is pickled. Every functi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import platform
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpitrain.errors import ExitCode, MpitrainError, error_of, on_all_ranks
+from mpitrain.errors import ExitCode, MpitrainError, UsageError, error_of, on_all_ranks
 from mpitrain.runtime.notes import State, note, wait
 
 Comm = MPI.Intracomm
@@ -112,6 +113,24 @@ def together(comm: Comm, what: str, state: State = State.WORKING) -> Iterator[No
     if error is not None and not isinstance(error, MpitrainError):
         raise error
     raise on_all_ranks(error_of(code, f"rank {rank}, while {what}: {message}" if code == ExitCode.FAULT else message))
+
+
+def require_same(comm: Comm, what: str, mine: Mapping[str, str], kind: type[MpitrainError] = UsageError) -> None:
+    """Refuse ranks that were told, or are made of, other things than rank 0.
+
+    Raises:
+        MpitrainError: of `kind`, on all ranks; names the first rank that differs, its node, and each difference.
+    """
+    first = share(comm, [platform.node(), dict(mine)])
+    with together(comm, what):
+        node, told = first
+        lines = [
+            f"{key}: {mine.get(key)} on rank {comm.rank} ({platform.node()}), {told.get(key)} on rank 0 ({node})"
+            for key in [*told, *(key for key in mine if key not in told)]
+            if mine.get(key) != told.get(key)
+        ]
+        if lines:
+            raise kind("\n  ".join([f"{what}: ranks differ, and all must have the same", *lines]))
 
 
 def attempt(comm: Comm, what: str, work: Callable[[], T]) -> T:

@@ -7,6 +7,8 @@ import ctypes
 import faulthandler
 import fcntl
 import os
+import platform
+import re
 import signal
 import stat
 import sys
@@ -154,6 +156,10 @@ def install_abort_hooks(world: Any) -> None:
 
 
 SECONDS_FOR_LAST_WORDS = 5.0
+LESS_MEMORY = (
+    "fewer ranks on a node, more --mesh.pipe or --mesh.tensor, more --train.micro_batches, --train.recompute block or "
+    "--checkpoint.async false take less"
+)
 _last_words: list[Callable[[BaseException], object]] = []
 
 
@@ -179,6 +185,8 @@ def abort(world: Any, error: BaseException, trace: TracebackType | None) -> NoRe
     else:
         stack = "".join(traceback.format_exception(type(error), error, trace))
         text = "".join(f"[rank {world.rank}] {line}\n" for line in stack.splitlines())
+        if is_out_of_memory(error):
+            text += f"error (rank {world.rank}): out of memory on {platform.node()}; {LESS_MEMORY}\n"
     with suppress(OSError):  # a closed standard error must not keep the others waiting
         os.write(2, text.encode(errors="replace"))
         let_the_launcher_read(2)
@@ -188,6 +196,13 @@ def abort(world: Any, error: BaseException, trace: TracebackType | None) -> NoRe
         speaker.join(SECONDS_FOR_LAST_WORDS)
     world.Abort(code_of(error))
     os._exit(ExitCode.FAULT)  # Abort need not return; if it does, this rank at least is gone
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch or HDF5 asked for memory in vain; those of C and CUDA only say so."""
+    return (
+        isinstance(error, MemoryError) or re.search(r"out of memory|can(no|')t allocate memory", str(error)) is not None
+    )
 
 
 def let_the_launcher_read(descriptor: int, seconds: float = 1.0) -> None:

@@ -83,6 +83,8 @@ def main() -> None:
     settings = config.load(["--model", options.model, "--train.precision", "bf16"])
     console = Console(world.rank == 0)
     work = Workload(world, settings, console, None, num_steps=10**6)
+    for name in ("at-once", "beside"):
+        (folder / name).mkdir(exist_ok=True)
     at_once = Saver(world, folder / "at-once", asynchronous=False)
     beside = Saver(world, folder / "beside", asynchronous=True)
     found: dict[str, list[float]] = {name: [] for name in ("steps alone", "save, waited for", "stall", "longer by")}

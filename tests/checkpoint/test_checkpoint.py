@@ -96,6 +96,7 @@ def begin_save(saver: Saver, mesh: meshes.Mesh, step: int, value: float) -> tupl
 
 
 def save_on(mesh: meshes.Mesh, checkpoints: Path, step: int = 5, value: float = 0.0, *, late: bool = False) -> Path:
+    checkpoints.mkdir(parents=True, exist_ok=True)
     saver = Saver(mesh.world, checkpoints, asynchronous=late)
     try:
         place, slices = begin_save(saver, mesh, step, value)

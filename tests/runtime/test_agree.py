@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpitrain.errors import DataError, ExitCode, MpitrainError
-from mpitrain.runtime.agree import any_rank, collect, gather, share, share_array, together, total
+from mpitrain.runtime.agree import any_rank, collect, gather, require_same, share, share_array, together, total
 
 pytestmark = pytest.mark.mpi(min_size=1)
 
@@ -60,6 +60,21 @@ def test_together_names_the_rank_of_an_unexpected_error(comm):
             raise ZeroDivisionError("by zero")
     if comm.rank != last:
         assert f"rank {last}, while counting: by zero" in str(caught.value)
+
+
+def test_what_all_ranks_must_share_is_refused_with_each_difference_of_the_first_rank_that_differs(comm):
+    require_same(comm, "settings", {"--seed": "0"})
+    if comm.size == 1:
+        return
+    mine = {"--seed": "7", "--more": "1"} if comm.rank == comm.size - 1 else {"--seed": "0", "--less": "2"}
+    with pytest.raises(DataError) as caught:
+        require_same(comm, "settings", mine, DataError)
+    assert caught.value.agreed
+    first, *lines = str(caught.value).split("\n  ")
+    assert first == "settings: ranks differ, and all must have the same"
+    starts = ["--seed: 7", "--less: None", "--more: 1"]
+    assert [line.partition(" on")[0] for line in lines] == starts
+    assert all(f" on rank {comm.size - 1} (" in line and " on rank 0 (" in line for line in lines)
 
 
 def test_together_is_silent_when_all_is_well(comm):

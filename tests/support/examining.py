@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from launching import finish, start
+from launching import begin, command, finish
 from tiny import make_tiny, metrics_of, processes_of, tensors_of
 
 SEED = int(os.environ.get("SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
@@ -40,10 +40,17 @@ class Exam:
 
     def begin(self, ranks: int, out: str, *program: str, settings: Sequence[str] = (), **environment: str) -> Attempt:
         """Start the training, or go on with it, in the background, by `-m mpitrain` or another program."""
+        return self.begin_line(out, command(ranks, *self.words(out, *program, settings=settings)), **environment)
+
+    def words(self, out: str, *program: str, settings: Sequence[str] = ()) -> list[str]:
+        """What Python is told."""
+        return [*(program or ("-m", "mpitrain")), *self.flags, *settings, "--out", out]
+
+    def begin_line(self, out: str, line: Sequence[str], **environment: str) -> Attempt:
+        """Start the training by a command line."""
         mark = f"exam-{os.getpid()}-{next(self._marks)}"
         environment |= {"MPITRAIN_CACHE": str(self.place / "cache"), "EXAM_MARK": mark}
-        words = (*(program or ("-m", "mpitrain")), *self.flags, *settings, "--out", out)
-        process = start(ranks, *words, cwd=self.place, **environment)
+        process = begin(list(line), self.place, **environment)
         return Attempt(process, f"EXAM_MARK={mark}", self.place / out)
 
     def run(self, ranks: int, out: str, *program: str, settings: Sequence[str] = (), **environment: str) -> Any:
