@@ -24,12 +24,14 @@ from mpitrain.dataset.sequences import Sequences
 from mpitrain.errors import DataError, UsageError, on_all_ranks
 from mpitrain.files import user_path
 from mpitrain.metrics import Scores
+from mpitrain.model.cost import block_costs
 from mpitrain.observe.console import Console
 from mpitrain.observe.record import RunDirectory, new_run_directory
+from mpitrain.observe.stragglers import Stragglers
 from mpitrain.optim import ShardedAdamW
 from mpitrain.place import DTYPES, Place, build_stage, find_place, say_stages
 from mpitrain.problem import Problem, find_problem
-from mpitrain.runtime.agree import Comm, any_rank, attempt, share, together
+from mpitrain.runtime.agree import Comm, any_rank, attempt, gather, share, together
 from mpitrain.runtime.deadline import Deadline, find_deadline
 from mpitrain.runtime.device import place_on_node
 from mpitrain.runtime.launch import StopRequest
@@ -56,6 +58,8 @@ class Run:
     saver: Saver
     stop: StopRequest
     deadline: Deadline
+    stragglers: Stragglers
+    nodes: list[str]  # of all ranks, on rank 0
     progress: Progress = field(default_factory=Progress)
     scores: dict[str, Scores] = field(default_factory=dict)  # by split, of the present weights
     last_steps: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # seconds of each
@@ -86,8 +90,30 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claim
     say_plan(console, config, plan, num_steps, peak)
     directory = open_run_directory(comm, config, console, claimed)
     saver = Saver(place.mesh.world, directory.checkpoints, asynchronous=config.checkpoint.asynchronous)
-    deadline = await_deadline(comm, config, console)
-    return Run(config, console, problem, place, directory, plan, num_steps, splits, stepper, saver, stop, deadline)
+    return Run(
+        config=config,
+        console=console,
+        problem=problem,
+        place=place,
+        directory=directory,
+        plan=plan,
+        num_steps=num_steps,
+        splits=splits,
+        stepper=stepper,
+        saver=saver,
+        stop=stop,
+        deadline=await_deadline(comm, config, console),
+        stragglers=watch_pace(place, problem),
+        nodes=gather(comm, platform.node()),
+    )
+
+
+def watch_pace(place: Place, problem: Problem) -> Stragglers:
+    """What is to be expected of each rank."""
+    mesh, arrangement = place.mesh, place.arrangement
+    costs = block_costs(problem.card, len(problem.label_names), problem.mean_length)
+    stages = [sum(sum(costs[first:last]) for first, last in chunks) for chunks in arrangement.stages]
+    return Stragglers((mesh.num_replicas, mesh.num_stages, mesh.num_tensor), stages)
 
 
 def await_deadline(comm: Comm, config: Config, console: Console) -> Deadline:

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mpitrain.comm import tree
 from mpitrain.comm.exchange import Exchange
@@ -24,7 +25,7 @@ from mpitrain.model.tensor_parallel import own_rows, sum_in_place
 from mpitrain.observe.trace import Trace
 from mpitrain.optim import LossScale, ShardedAdamW, learning_rate_at
 from mpitrain.pipeline.executor import Executor, MicroBatch
-from mpitrain.runtime.agree import collect, total
+from mpitrain.runtime.agree import collect, everyone, total
 from mpitrain.runtime.failpoints import reach
 from mpitrain.runtime.mesh import Mesh
 from mpitrain.runtime.notes import begin_step, note
@@ -41,7 +42,7 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; the same on every rank but for the seconds.
+    """What a step did; the same on every rank but for `seconds`.
 
     Attributes:
         loss: mean cross entropy over the labelled tokens of the whole batch.
@@ -49,6 +50,7 @@ class StepResult:
         updated: False if a gradient was not finite and all ranks skipped the update together.
         stop: some rank was asked to stop.
         ready: all ranks were.
+        work: [ranks], seconds of own work on each, waiting for others left out; that of the update before this one.
         seconds: of this rank, by part of the step; `tensor`, in messages of its tensor group, is a part of
             `forward_backward`, `gather` one of `update`; `reduce_hidden` ran beside others.
         wire_errors: by stage and bucket, the norm of all rounding errors on the wire by that of the sum; empty if
@@ -61,6 +63,7 @@ class StepResult:
     updated: bool
     stop: bool
     ready: bool
+    work: NDArray[np.float64]
     seconds: dict[str, float]
     wire_errors: list[list[float]]
 
@@ -96,6 +99,7 @@ class Stepper:
         self.trace = None
         self.num_updates = 0
         self.skipped_in_a_row = 0
+        self._seconds_updating = 0.0  # in the last step, what spreads new weights left out
 
     @property
     def trace(self) -> Trace | None:
@@ -124,13 +128,20 @@ class Stepper:
         return loaded
 
     def run(
-        self, plan: StepPlan, micro_batches: Sequence[MicroBatch], *, stop: Question = never, ready: Question = never
+        self,
+        plan: StepPlan,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        loading: float = 0.0,
+        stop: Question = never,
+        ready: Question = never,
     ) -> StepResult:
         """Train on this replica's micro-batches of `plan` (collective over the mesh).
 
         Args:
             plan: the step.
             micro_batches: as `load` gives them.
+            loading: seconds in which this rank has waited for them.
             stop: whether this rank was asked to stop; called before the vote.
             ready: whether it is ready for something that all ranks do together; likewise.
 
@@ -155,7 +166,9 @@ class Stepper:
         self._record("wait for reduce", computed)
         reduced = time.perf_counter()
         note(b"vote on the update")
-        loss, grad_norm, stops, is_ready = self._agree(loss, stop(), ready())
+        passes = computed - began - self.executor.seconds_waited
+        work = loading + passes - exchanged + self._seconds_updating
+        loss, grad_norm, stops, is_ready, everyones_work = self._agree(loss, stop(), ready(), work)
         wire_errors = self._measure_wire()
         learning_rate = learning_rate_at(plan.step, self.num_steps, self.peak_learning_rate, self.options.warmup_ratio)
         updated = math.isfinite(grad_norm) and math.isfinite(loss)
@@ -166,7 +179,7 @@ class Stepper:
         reach("weight", lambda: next(self.executor.stage.parameters()).data)
         reach("moment", lambda: next((each.values for each in self.optimizer.slices() if each.kind == "exp_avg"), None))
         seconds = {
-            "forward_backward": computed - began - self.executor.seconds_waited,
+            "forward_backward": passes,
             "pipeline_wait": self.executor.seconds_waited,
             "tensor": exchanged,
             "reduce": reduced - computed,
@@ -174,17 +187,23 @@ class Stepper:
             "update": time.perf_counter() - reduced,
             "gather": gathering,
         }
-        return StepResult(loss, grad_norm, learning_rate, updated, stops, is_ready, seconds, wire_errors)
+        self._seconds_updating = seconds["update"] - gathering
+        return StepResult(
+            loss, grad_norm, learning_rate, updated, stops, is_ready, everyones_work, seconds, wire_errors
+        )
 
-    def _agree(self, loss: float, stop: bool, ready: bool) -> tuple[float, float, bool, bool]:
-        """Loss and gradient norm of the batch, any to stop, all ready: one vote, with the same bits everywhere."""
+    def _agree(
+        self, loss: float, stop: bool, ready: bool, work: float
+    ) -> tuple[float, float, bool, bool, NDArray[np.float64]]:
+        """Loss and gradient norm of the batch, any to stop, all ready, everyone's work: one vote, the same bits."""
         squares = self._exact_squares() if self.options.reproducible else self.optimizer.squared_norm()
         changed = self.drift.changed()
-        mine = [loss, squares / self.loss_scale.value**2, float(stop), float(not ready), float(bool(changed))]
-        whole, squares, stops, unready, drifted = map(float, total(self.mesh.world, np.array(mine)))
+        mine = [loss, squares / self.loss_scale.value**2, float(stop), float(not ready), float(bool(changed)), work]
+        told = everyone(self.mesh.world, np.array(mine))
+        whole, squares, stops, unready, drifted, _ = map(float, told.sum(axis=0))
         if drifted:
             raise_together(self.mesh.world, changed)
-        return whole, math.sqrt(squares) if squares >= 0 else math.nan, stops > 0, unready == 0
+        return whole, math.sqrt(squares) if squares >= 0 else math.nan, stops > 0, unready == 0, told[:, -1]
 
     def _measure_wire(self) -> list[list[float]]:
         """See StepResult."""

@@ -7,11 +7,9 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mpitrain.checkpoint.load import fill, verify
 from mpitrain.config import Config
-from mpitrain.dataset.batches import StepPlan
 from mpitrain.dataset.loader import prefetch
 from mpitrain.errors import CheckpointError, ExitCode, MpitrainError, code_of, on_all_ranks
 from mpitrain.evaluate import evaluate
@@ -19,13 +17,13 @@ from mpitrain.files import user_path
 from mpitrain.metrics import is_plain
 from mpitrain.observe.console import Console, score_table
 from mpitrain.observe.record import RunDirectory
+from mpitrain.recording import record_step
 from mpitrain.resume import resume, save_checkpoint
 from mpitrain.run import Run, build
 from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.failpoints import reach
 from mpitrain.runtime.launch import StopRequest, last_words, seconds_since_start
 from mpitrain.runtime.notes import note
-from mpitrain.step import StepResult
 from mpitrain.tracing import Tracing
 
 CAUTION = 1.5  # what comes next may take so many times as long as before
@@ -104,12 +102,14 @@ def run_steps(run: Run, tracing: Tracing) -> str:
     began = time.perf_counter()
     try:
         for plan, micro_batches in batches:
-            seconds = {"data": time.perf_counter() - began}
+            loading = time.perf_counter() - began
             tracing.begin(plan.step + 1)
-            result = run.stepper.run(plan, micro_batches, stop=partial(is_to_stop, run), ready=run.saver.is_ready)
+            result = run.stepper.run(
+                plan, micro_batches, loading=loading, stop=partial(is_to_stop, run), ready=run.saver.is_ready
+            )
             run.progress.step = plan.step + 1
             run.scores.clear()
-            record_step(run, plan, result, time.perf_counter() - began, seconds | result.seconds)
+            record_step(run, plan, result, time.perf_counter() - began, {"data": loading, **result.seconds})
             tracing.end()
             if result.ready:
                 run.saver.advance()
@@ -144,34 +144,6 @@ def is_to_stop(run: Run) -> bool:
 def who_stops(run: Run) -> str:
     """What has stopped the run on the first rank that was asked to (collective)."""
     return str(next(names[0] for names in collect(run.world, run.stop.signals) if names))
-
-
-def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, parts: dict[str, float]) -> None:
-    """A line in metrics.jsonl, and what a person sees."""
-    run.last_steps.append(seconds)
-    metrics: dict[str, Any] = {
-        "step": plan.step + 1,
-        "epoch": plan.epoch,
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "learning_rate": result.learning_rate,
-        "tokens": plan.num_tokens,
-        "seconds": seconds,
-        "tokens_per_second": plan.num_tokens / seconds,
-        **parts,
-        "save": run.saver.take_seconds(),
-    }
-    if run.world.rank == 0:
-        num_replicas, reproducible = run.place.mesh.num_replicas, run.config.train.reproducible
-        metrics["imbalance"] = plan.imbalance(num_replicas, reproducible=reproducible)
-        # JSON has no NaN and no infinity.
-        finite: dict[str, Any] = {key: None if not math.isfinite(value) else value for key, value in metrics.items()}
-        if result.wire_errors:
-            finite["wire_error"] = [[e if math.isfinite(e) else None for e in stage] for stage in result.wire_errors]
-        run.directory.add_metrics(finite)
-    if not result.updated:
-        run.console.warn(f"step {plan.step + 1}: loss or gradient is not finite; all ranks skip this update")
-    run.console.step(metrics, run.num_steps)
 
 
 def refuse_to_go_on_without_updates(run: Run) -> None:

@@ -44,11 +44,10 @@ class StepPlan:
         num_leaves = 1 << (count - 1).bit_length() if reproducible else count
         return range(count)[slice(*part(replica, num_leaves, num_replicas))]
 
-    def imbalance(self, num_replicas: int, *, reproducible: bool = False) -> float:
-        """The largest estimated cost of a replica by the mean of all."""
-        shares = [self.share(replica, num_replicas, reproducible=reproducible) for replica in range(num_replicas)]
-        costs = [sum(self.costs[number] for number in share) for share in shares]
-        return max(costs) * num_replicas / sum(costs)
+    def replica_costs(self, num_replicas: int, *, reproducible: bool = False) -> NDArray[np.float64]:
+        """Estimated, [num_replicas], any unit."""
+        shares = (self.share(replica, num_replicas, reproducible=reproducible) for replica in range(num_replicas))
+        return np.array([sum(self.costs[number] for number in share) for share in shares], np.float64)
 
 
 def sequence_costs(lengths: Indices, hidden_size: int) -> NDArray[np.float64]:

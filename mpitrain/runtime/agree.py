@@ -77,12 +77,17 @@ def gather(comm: Comm, value: Any) -> list[Any]:
     return found
 
 
+def everyone(comm: Comm, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The values of each rank, [ranks, ...], on every rank."""
+    found = np.empty((comm.size, *values.shape))
+    wait()
+    comm.Allgather(values, found)
+    return found
+
+
 def total(comm: Comm, values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Element-wise sum over ranks, in rank order, so that the bits are the same on every rank and in every run."""
-    everyone = np.empty((comm.size, *values.shape))
-    wait()
-    comm.Allgather(values, everyone)
-    return np.asarray(everyone.sum(axis=0), np.float64)
+    return np.asarray(everyone(comm, values).sum(axis=0), np.float64)
 
 
 def any_rank(comm: Comm, flag: bool) -> bool:
