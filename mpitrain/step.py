@@ -148,26 +148,15 @@ class Stepper:
         Raises:
             MpitrainError: on all ranks, if replicas have drifted apart.
         """
-        group = self.executor.stage.group
-        exchanged = group.seconds
+        loss, seconds = self._pass(plan, micro_batches)
         began = time.perf_counter()
-        begin_step(plan.step + 1)
-        self.reducer.start_step(len(micro_batches))
-        loss = self.executor.train(
-            micro_batches,
-            num_labelled=plan.num_labelled,
-            loss_scale=self.loss_scale.value,
-            after_backward=self.reducer.end_micro_batch,
-        )
-        computed, exchanged = time.perf_counter(), group.seconds - exchanged
         note(b"sum of gradients over replicas")
         reach("reduce")
         self.reducer.finish()
-        self._record("wait for reduce", computed)
+        self._record("wait for reduce", began)
         reduced = time.perf_counter()
         note(b"vote on the update")
-        passes = computed - began - self.executor.seconds_waited
-        work = loading + passes - exchanged + self._seconds_updating
+        work = loading + seconds["forward_backward"] - seconds["tensor"] + self._seconds_updating
         loss, grad_norm, stops, is_ready, everyones_work = self._agree(loss, stop(), ready(), work)
         wire_errors = self._measure_wire()
         learning_rate = learning_rate_at(plan.step, self.num_steps, self.peak_learning_rate, self.options.warmup_ratio)
@@ -178,12 +167,9 @@ class Stepper:
         self.drift.begin(plan.step + 1)
         reach("weight", lambda: next(self.executor.stage.parameters()).data)
         reach("moment", lambda: next((each.values for each in self.optimizer.slices() if each.kind == "exp_avg"), None))
-        seconds = {
-            "forward_backward": passes,
-            "pipeline_wait": self.executor.seconds_waited,
-            "tensor": exchanged,
-            "reduce": reduced - computed,
-            "reduce_hidden": max(0.0, self.reducer.seconds - (reduced - computed)),
+        seconds |= {
+            "reduce": reduced - began,
+            "reduce_hidden": max(0.0, self.reducer.seconds - (reduced - began)),
             "update": time.perf_counter() - reduced,
             "gather": gathering,
         }
@@ -191,6 +177,25 @@ class Stepper:
         return StepResult(
             loss, grad_norm, learning_rate, updated, stops, is_ready, everyones_work, seconds, wire_errors
         )
+
+    def _pass(self, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> tuple[float, dict[str, float]]:
+        """Forward and backward; this stage's share of the loss, and seconds by part."""
+        group = self.executor.stage.group
+        exchanged, began = group.seconds, time.perf_counter()
+        begin_step(plan.step + 1)
+        self.reducer.start_step(len(micro_batches))
+        loss = self.executor.train(
+            micro_batches,
+            num_labelled=plan.num_labelled,
+            loss_scale=self.loss_scale.value,
+            after_backward=self.reducer.end_micro_batch,
+        )
+        waited = self.executor.seconds_waited
+        return loss, {
+            "forward_backward": time.perf_counter() - began - waited,
+            "pipeline_wait": waited,
+            "tensor": group.seconds - exchanged,
+        }
 
     def _agree(
         self, loss: float, stop: bool, ready: bool, work: float
