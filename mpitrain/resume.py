@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +195,10 @@ def save_checkpoint(run: Run) -> None:
     progress.num_updates = stepper.num_updates
     progress.loss_scale, progress.good_steps = stepper.loss_scale.value, stepper.loss_scale.good_steps
     mesh = run.place.mesh
+    # The next backward pass changes these, not only the next update.
+    residuals = [replace(each, values=each.values.clone()) for each in stepper.exchange.residuals(run.world.rank)]
     run.saver.save(
-        [*stepper.optimizer.slices(once=True), *stepper.exchange.residuals(run.world.rank)],
+        [*stepper.optimizer.slices(once=True), *residuals],
         progress=progress,
         mesh={"data": mesh.num_replicas, "pipe": mesh.num_stages, "tensor": mesh.num_tensor},
         identity=identity_of(run),

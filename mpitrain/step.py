@@ -135,6 +135,7 @@ class Stepper:
         loading: float = 0.0,
         stop: Question = never,
         ready: Question = never,
+        before_update: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """Train on this replica's micro-batches of `plan` (collective over the mesh).
 
@@ -144,6 +145,7 @@ class Stepper:
             loading: seconds in which this rank has waited for them.
             stop: whether this rank was asked to stop; called before the vote.
             ready: whether it is ready for something that all ranks do together; likewise.
+            before_update: called before weights and moments change, if they do.
 
         Raises:
             MpitrainError: on all ranks, if replicas have drifted apart.
@@ -161,7 +163,7 @@ class Stepper:
         wire_errors = self._measure_wire()
         learning_rate = learning_rate_at(plan.step, self.num_steps, self.peak_learning_rate, self.options.warmup_ratio)
         updated = math.isfinite(grad_norm) and math.isfinite(loss)
-        gathering = self._update(grad_norm, learning_rate) if updated else 0.0
+        gathering = self._update(grad_norm, learning_rate, before_update) if updated else 0.0
         self._record("update", reduced)
         self._count(updated)
         self.drift.begin(plan.step + 1)
@@ -230,8 +232,10 @@ class Stepper:
         limbs = total(world, np.array(tree.square_limbs(gradients, scale)))
         return tree.from_limbs(limbs, scale) if world.rank == 0 else 0.0
 
-    def _update(self, grad_norm: float, learning_rate: float) -> float:
+    def _update(self, grad_norm: float, learning_rate: float, before: Callable[[], None]) -> float:
         """Returns the seconds in which new weights spread."""
+        note(b"copy of what is saved")
+        before()
         note(b"update of weights")
         reach("update")
         limit = self.options.max_grad_norm

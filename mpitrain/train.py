@@ -105,7 +105,12 @@ def run_steps(run: Run, tracing: Tracing) -> str:
             loading = time.perf_counter() - began
             tracing.begin(plan.step + 1)
             result = run.stepper.run(
-                plan, micro_batches, loading=loading, stop=partial(is_to_stop, run), ready=run.saver.is_ready
+                plan,
+                micro_batches,
+                loading=loading,
+                stop=partial(is_to_stop, run),
+                ready=run.saver.is_ready,
+                before_update=run.saver.wait_for_copy,
             )
             run.progress.step = plan.step + 1
             run.scores.clear()

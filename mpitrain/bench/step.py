@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from time import perf_counter
@@ -33,7 +34,6 @@ from mpitrain.problem import Problem
 from mpitrain.run import LEARNING_RATES, build_stepper, make_plan
 from mpitrain.runtime.agree import Comm, attempt, collect, share, together
 from mpitrain.runtime.notes import State, note
-from mpitrain.step import never
 from mpitrain.weigh import balance
 
 LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
@@ -123,11 +123,14 @@ class Workload:
         mesh.world.Barrier()
         began, tokens, computed = perf_counter(), 0, 0.0
         parts: list[dict[str, float]] = []
+        run_step = self.stepper.run
+        if saver is not None:
+            run_step = partial(run_step, ready=saver.is_ready, before_update=saver.wait_for_copy)
         for plan in map(self._plan.step, islice(self._numbers, num_steps)):
             loading = perf_counter()
             micro_batches = self.stepper.load(plan, self._split)
             loaded = {"data": perf_counter() - loading}
-            result = self.stepper.run(plan, micro_batches, ready=saver.is_ready if saver is not None else never)
+            result = run_step(plan, micro_batches)
             if saver is not None and result.ready:
                 saver.advance()
             parts.append(loaded | result.seconds)

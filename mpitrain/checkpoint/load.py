@@ -6,15 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpitrain.checkpoint.manifest import Manifest, Piece, committed, read_manifest
+from mpitrain.checkpoint.manifest import FileEntry, Manifest, Piece, committed, read_manifest
 from mpitrain.comm.buckets import StateSlice
 from mpitrain.errors import CheckpointError, on_all_ranks
-from mpitrain.files import file_hash
+from mpitrain.files import file_hash, file_sum
+from mpitrain.hdf5 import Array, map_arrays
 from mpitrain.runtime.agree import Comm, share, together
 
 
@@ -31,19 +31,23 @@ def verify(comm: Comm, directory: Path) -> Manifest:
     manifest = Manifest.model_validate_json(share(comm, document))
     with together(comm, f"verifying {directory}"):
         for name in sorted(manifest.files)[comm.rank :: comm.size]:
-            _verify_file(directory / name, manifest.files[name].sha256)
+            _verify_file(directory / name, manifest.files[name])
     return manifest
 
 
-def _verify_file(path: Path, expected: str) -> None:
+def _verify_file(path: Path, expected: FileEntry) -> None:
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{path}: is listed in the manifest, but is not there as a regular file")
     try:
-        actual = file_hash(path)
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise CheckpointError(f"{path}: is damaged: it has {size:,} bytes, the manifest says {expected.bytes:,}")
+        name, told = ("xxh3", expected.xxh3) if expected.xxh3 else ("sha256", expected.sha256)
+        actual = file_sum(path) if expected.xxh3 else file_hash(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if actual != expected:
-        raise CheckpointError(f"{path}: is damaged: sha256 is {actual}, the manifest says {expected}")
+    if actual != told:
+        raise CheckpointError(f"{path}: is damaged: {name} is {actual}, the manifest says {told}")
 
 
 def newest_usable(comm: Comm, checkpoints: Path, warn: list[str]) -> tuple[Path, Manifest] | None:
@@ -117,39 +121,53 @@ def fill(comm: Comm, directory: Path, manifest: Manifest, slices: Iterable[State
         CheckpointError: a tensor is missing, incomplete or of another shape.
     """
     with together(comm, f"loading {directory}"):
-        places = _places_of(manifest)
-        opened: dict[str, h5py.File] = {}
-        try:
-            for wanted in slices:
-                _fill_one(directory, manifest, wanted, places[wanted.kind, wanted.name], opened)
-        finally:
-            for file in opened.values():
-                file.close()
+        places, opened = _places_of(manifest), Opened(directory, manifest)
+        for wanted in slices:
+            _fill_one(manifest, wanted, places[wanted.kind, wanted.name], opened)
 
 
-def _fill_one(
-    directory: Path,
-    manifest: Manifest,
-    wanted: StateSlice,
-    places: list[tuple[str, Piece]],
-    opened: dict[str, h5py.File],
-) -> None:
+class Opened:
+    """Pieces of a checkpoint's files as views; each file is opened when it is first needed."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        """Nothing is open yet."""
+        self.directory, self._manifest = directory, manifest
+        self._files: dict[str, dict[str, Array]] = {}
+
+    def view(self, name: str, piece: Piece) -> Array:
+        """The elements of a piece, fp32 [stop - start].
+
+        Raises:
+            CheckpointError: the file does not hold them, as plain as they were written.
+        """
+        if name not in self._files:
+            wanted = {f"{each.kind}/{each.name}": ("<f4",) for each in self._manifest.files[name].pieces}
+            self._files[name] = map_arrays(self.directory / name, wanted, CheckpointError)
+        found = self._files[name][f"{piece.kind}/{piece.name}"]
+        if len(found) != piece.stop - piece.start:
+            raise CheckpointError(
+                f"{self.directory / name}: {piece.kind}/{piece.name}: has {len(found)} elements, the manifest says "
+                f"{piece.stop - piece.start}"
+            )
+        return found
+
+
+def _fill_one(manifest: Manifest, wanted: StateSlice, places: list[tuple[str, Piece]], opened: Opened) -> None:
     shape = manifest.tensors.get(wanted.name)
     if shape != list(wanted.shape):
-        raise CheckpointError(f"{directory}: {wanted.name} has shape {shape}, the model's is {list(wanted.shape)}")
+        raise CheckpointError(
+            f"{opened.directory}: {wanted.name} has shape {shape}, the model's is {list(wanted.shape)}"
+        )
     missing = wanted.stop - wanted.start
     for name, piece in places:
         count, here, there = overlap(wanted, piece)
         if not count:
             continue
-        if name not in opened:
-            opened[name] = h5py.File(directory / name, "r", locking=False)
-        stored = opened[name][f"{wanted.kind}/{wanted.name}"]
-        if isinstance(there, slice) and isinstance(here, slice) and wanted.values.device.type == "cpu":
-            stored.read_direct(wanted.values.detach().numpy(), there, here)
+        values = opened.view(name, piece)[there]
+        if wanted.values.device.type == "cpu":
+            wanted.values.detach().numpy()[here] = values
         else:
-            values = stored[there] if isinstance(there, slice) else stored[:][there]  # h5py takes ages over numbers
-            wanted.values[here] = torch.from_numpy(values).to(wanted.values.device)
+            wanted.values[here] = torch.from_numpy(values.copy()).to(wanted.values.device)
         missing -= count
     if missing:
-        raise CheckpointError(f"{directory}: {missing} elements of {wanted.kind} {wanted.name} are in no file")
+        raise CheckpointError(f"{opened.directory}: {missing} elements of {wanted.kind} {wanted.name} are in no file")

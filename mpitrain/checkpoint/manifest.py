@@ -39,9 +39,10 @@ class Piece(_Strict):
 
 
 class FileEntry(_Strict):
-    """One file of the checkpoint."""
+    """One file of the checkpoint; `xxh3` is what loading checks, if there is one (`files.Digest`)."""
 
     sha256: str
+    xxh3: str = ""
     bytes: int
     pieces: list[Piece] = []
 

@@ -26,7 +26,7 @@ from mpitrain.checkpoint.manifest import (
 )
 from mpitrain.comm.buckets import StateSlice
 from mpitrain.errors import MpitrainError
-from mpitrain.files import Image, Sink, file_hash, sync
+from mpitrain.files import Digest, Image, Sink, parts_of, sync
 from mpitrain.runtime.agree import Comm
 from mpitrain.runtime.failpoints import reach
 
@@ -66,9 +66,9 @@ def write_slices(path: Path, slices: Sequence[StateSlice], image: Image | None) 
     """Write this rank's file durably, from `image` if the slices were copied there; its entry in the manifest."""
     if not slices:
         return {}
-    sha256 = ""
+    digest = None
     if image is not None:
-        sha256 = image.store(path)
+        digest = image.store(path)
     else:
         with Sink(path, "w+") as sink:
             fill_file(sink, slices)
@@ -78,7 +78,7 @@ def write_slices(path: Path, slices: Sequence[StateSlice], image: Image | None) 
         Piece(kind=piece.kind, name=piece.name, start=piece.start, stop=piece.stop, columns=piece.columns)
         for piece in slices
     ]
-    return {path.name: _entry(path, pieces, sha256)}
+    return {path.name: _entry(path, pieces, digest)}
 
 
 def write_documents(directory: Path, documents: Mapping[str, str]) -> dict[str, Any]:
@@ -90,9 +90,10 @@ def write_documents(directory: Path, documents: Mapping[str, str]) -> dict[str, 
     return entries
 
 
-def _entry(path: Path, pieces: list[Piece], sha256: str = "") -> dict[str, Any]:
+def _entry(path: Path, pieces: list[Piece], digest: Digest | None = None) -> dict[str, Any]:
     sync(path)
-    return FileEntry(sha256=sha256 or file_hash(path), bytes=path.stat().st_size, pieces=pieces).model_dump()
+    found = digest or Digest.of(parts_of(path))
+    return FileEntry(**found._asdict(), bytes=path.stat().st_size, pieces=pieces).model_dump()
 
 
 def commit(aside: Path, final: Path, manifest: Manifest) -> None:

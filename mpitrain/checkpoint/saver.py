@@ -1,14 +1,16 @@
-"""One save at a time: what a checkpoint holds is copied at once, what takes long is done by a thread meanwhile.
+"""One save at a time, by a thread, while the training goes on.
 
-All ranks go through a save together, in phases: each writes its own file; then rank 0 commits. The thread does what a
-rank does alone, and sends no messages. The training loop asks, in the vote that it holds on every step anyway, whether
-all threads have ended a phase; then it begins the next one. So steps do not wait for a disk, a failure is known to all
-ranks at the same step, and what is written is what was there when the save began, whatever has changed since.
+All ranks go through a save together, in phases: each copies and writes its own file; then rank 0 commits. The thread
+does what a rank does alone, and sends no messages. The training loop asks, in the vote that it holds on every step
+anyway, whether all threads have ended a phase; then it begins the next one. So steps do not wait for a disk, and a
+failure is known to all ranks at the same step. What is saved changes only when weights are updated: before that the
+training waits for the copy, which has had a forward and a backward pass of time.
 """
 
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,6 +51,7 @@ class Saver:
         self._saved: Progress | None = None  # last, or under way
         self._seconds = 0.0  # of the caller
         self._longest = 0.0  # from the begin of a save to its commit
+        self._copied = threading.Event()
 
     def save(
         self,
@@ -65,7 +68,7 @@ class Saver:
         Of a step that is committed already only the progress is written anew.
 
         Args:
-            slices: what this rank owns.
+            slices: what this rank owns; nobody may change it before `wait_for_copy` has returned.
             progress: of the run.
             mesh: ranks along each axis.
             identity: what a resumed run must share.
@@ -94,6 +97,13 @@ class Saver:
         if self._image is None:
             self.finish()
         return final
+
+    def wait_for_copy(self) -> None:
+        """Return once nothing that is being saved is needed any more; to be called before it changes."""
+        if self._work is not None:
+            began = time.perf_counter()
+            self._copied.wait()
+            self._seconds += time.perf_counter() - began
 
     def is_ready(self) -> bool:
         """Whether there is a save of which this rank has ended a phase, or failed in it."""
@@ -142,8 +152,7 @@ class Saver:
                     reach("save.begin")
                     if comm.rank == 0:
                         aside.mkdir()  # not its parents: whoever has deleted the run directory meant it
-                    if self._image is not None:
-                        self._copy(slices)
+                self._copied.clear()
                 work = self._begin(lambda: self._write(aside, slices, documents))
                 yield
                 with together(comm, f"writing {aside}"), can_be_written(aside, AS_BEFORE):
@@ -161,11 +170,16 @@ class Saver:
         return self._work
 
     def _copy(self, slices: list[StateSlice]) -> None:
-        assert self._image is not None
-        self._image.reserve(sum(4 * piece.values.numel() + HEADERS for piece in slices))
-        fill_file(self._image, slices)
+        reach("save.copy")
+        if self._image is not None:
+            self._image.reserve(sum(4 * piece.values.numel() + HEADERS for piece in slices))
+            fill_file(self._image, slices)
 
     def _write(self, aside: Path, slices: list[StateSlice], documents: dict[str, str]) -> dict[str, Any]:
+        try:
+            self._copy(slices)
+        finally:  # a failure is told in the vote that ends this phase
+            self._copied.set()
         reach("save.slices")
         entries = write_slices(aside / f"rank-{self._comm.rank:05d}.h5", slices, self._image)
         return entries | (write_documents(aside, documents) if self._comm.rank == 0 else {})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +20,7 @@ from mpitrain.dataset.recipe import Split
 from mpitrain.dataset.tokenize import Encoded
 from mpitrain.errors import DataError
 from mpitrain.files import FileName, Sink, file_hash, is_sealed, sync
+from mpitrain.hdf5 import map_arrays
 from mpitrain.runtime.agree import Comm, require_same, together
 
 IGNORED = -100  # label of [CLS], [SEP] and of all pieces of a word but the first
@@ -174,7 +174,7 @@ def verify_shard(path: Path, entry: ShardEntry, num_labels: int, vocab_size: int
     Raises:
         DataError: another hash than that of `dataset.json`, or arrays that cannot be right.
     """
-    if path.is_symlink() or not path.is_file():  # a FIFO would hang the reader, a link may lead anywhere
+    if path.is_symlink() or not path.is_file():  # as in `hdf5.map_arrays`, before it is hashed
         raise DataError(f"{path}: missing, or not a plain file; prepare the dataset again")
     found = file_hash(path)
     if found != entry.sha256:
@@ -202,48 +202,12 @@ def _refuse(path: Path, name: str, wrong: NDArray[np.bool_], why: str) -> None:
 
 
 def map_shard(path: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of a shard as read-only views of one memory map: ranks of a node share the pages.
-
-    Nothing that HDF5 could make lead elsewhere is followed: only hard links to contiguous, unfiltered, one-dimensional
-    datasets inside this file.
+    """All arrays of a shard as read-only views; ranks of a node share their memory.
 
     Raises:
         DataError: names the file and the dataset that is missing or of another kind.
     """
-    places: dict[str, tuple[str, int, int]] = {}
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            for name, (dtypes, _) in DATASETS.items():
-                places[name] = _place(path, file, name, dtypes)
-        with path.open("rb") as raw:
-            view = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:  # h5py has no class of its own
-        raise DataError(f"{path}: not a readable HDF5 file: {error}") from None
-    arrays: dict[str, NDArray[Any]] = {}
-    for name, (dtype, length, offset) in places.items():
-        if offset + length * np.dtype(dtype).itemsize > len(view):
-            raise DataError(f"{path}: {name}: {length} rows reach beyond the end of the file")
-        arrays[name] = np.frombuffer(view, dtype, length, offset)
-    return arrays
-
-
-def _place(path: Path, file: h5py.File, name: str, dtypes: tuple[str, ...]) -> tuple[str, int, int]:
-    """dtype, rows and byte offset of a dataset."""
-    link = file.get(name, getlink=True)
-    if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
-        raise DataError(f"{path}: {name}: missing, or a link; found {', '.join(file)}")
-    data = file[name]
-    plan = data.id.get_create_plist()
-    if data.ndim != 1 or data.dtype.str not in dtypes:
-        raise DataError(
-            f"{path}: {name}: found {data.dtype} of shape {data.shape}, expected {' or '.join(dtypes)}, 1-D"
-        )
-    if plan.get_layout() != h5py.h5d.CONTIGUOUS or plan.get_external_count() or plan.get_nfilters():
-        raise DataError(f"{path}: {name}: expected plain contiguous storage inside the file")
-    offset = data.id.get_offset()  # None before the first byte is written, as in an empty dataset
-    if offset is None and data.shape[0]:
-        raise DataError(f"{path}: {name}: {data.shape[0]} rows are declared, none was written")
-    return data.dtype.str, int(data.shape[0]), int(offset or 0)
+    return map_arrays(path, {name: dtypes for name, (dtypes, _) in DATASETS.items()}, DataError)
 
 
 def read_index(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -41,6 +41,7 @@ PLACES = {
     "moment": "a step is done (nan, flip: in a moment of the optimizer)",
     "evaluate": "a split is about to be scored",
     "save.begin": "a save begins",
+    "save.copy": "a rank is about to copy what it saves, beside the next step",
     "save.slices": "the directory is there, and a rank is about to write its file",
     "save.hash": "a rank has written its file, which may not have reached the disk",
     "save.manifest": "all files are written, the manifest is not",

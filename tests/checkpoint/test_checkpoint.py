@@ -21,6 +21,7 @@ from mpi4py import MPI
 from small import NUM_LABELS, own, small_card
 
 from mpitrain.checkpoint import save as save_module
+from mpitrain.checkpoint import saver as saver_module
 from mpitrain.checkpoint.load import fill, newest_usable, overlap, verify
 from mpitrain.checkpoint.manifest import Piece, Progress, committed, find_checkpoint, read_manifest
 from mpitrain.checkpoint.save import clear_left_overs, retain
@@ -101,6 +102,7 @@ def save_on(mesh: meshes.Mesh, checkpoints: Path, step: int = 5, value: float = 
     try:
         place, slices = begin_save(saver, mesh, step, value)
         if late:
+            saver.wait_for_copy()
             for piece in slices:
                 piece.values.data.fill_(-1.0)
         saver.finish()
@@ -154,7 +156,9 @@ def test_what_two_pieces_of_a_matrix_have_in_common_is_found_in_both(ours, their
 
 
 @on_any_ranks
-def test_what_is_saved_is_what_was_there_when_the_save_began(comm, folder):
+def test_what_is_saved_is_what_was_there_when_the_save_began(comm, folder, monkeypatch):
+    copy = saver_module.fill_file
+    monkeypatch.setattr(saver_module, "fill_file", lambda *arguments: (time.sleep(0.2), copy(*arguments)))
     with meshes.build(comm, comm.size, 1) as mesh:
         path = save_on(mesh, folder, late=True)
         assert loads(mesh, path)

@@ -15,6 +15,7 @@ from mpitrain.runtime.failpoints import PLACES
 
 # Where a save is struck, on which rank, and at which visit: its first, or the first that deletes something.
 STRIKES = [("save.begin", 0, 2), ("save.begin", 1, 2), ("save.slices", 0, 1), ("save.slices", 1, 2)]
+STRIKES += [("save.copy", 0, 1), ("save.copy", 1, 3)]
 STRIKES += [("save.hash", 0, 2), ("save.hash", 1, 3), ("save.manifest", 0, 2), ("save.rename", 0, 2)]
 STRIKES += [("save.committed", 0, 1), ("save.retain", 0, 4), ("save.discard", 0, 1)]
 OF_RANK_0 = ("save.manifest", "save.rename", "save.committed", "save.retain", "save.discard")
