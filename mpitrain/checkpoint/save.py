@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import secrets
@@ -26,7 +27,7 @@ from mpitrain.checkpoint.manifest import (
 )
 from mpitrain.comm.buckets import StateSlice
 from mpitrain.errors import MpitrainError
-from mpitrain.files import Digest, Image, Sink, parts_of, sync
+from mpitrain.files import Digest, Image, Sink, file_sum, forget_cached, parts_of, sync
 from mpitrain.runtime.agree import Comm
 from mpitrain.runtime.failpoints import reach
 
@@ -91,8 +92,11 @@ def write_documents(directory: Path, documents: Mapping[str, str]) -> dict[str, 
 
 
 def _entry(path: Path, pieces: list[Piece], digest: Digest | None = None) -> dict[str, Any]:
-    sync(path)
     found = digest or Digest.of(parts_of(path))
+    sync(path)
+    forget_cached(path)
+    if file_sum(path) != found.xxh3:  # or what was before would be deleted for the sake of this
+        raise OSError(errno.EIO, "other bytes were read back than had been written")
     return FileEntry(**found._asdict(), bytes=path.stat().st_size, pieces=pieces).model_dump()
 
 

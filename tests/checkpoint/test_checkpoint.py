@@ -193,6 +193,23 @@ def test_a_save_goes_on_in_phases_and_the_next_one_waits_for_it(comm, folder):
 
 @on_any_ranks
 @pytest.mark.parametrize("late", [False, True])
+def test_a_disk_that_gives_other_bytes_back_is_no_place_for_a_checkpoint(comm, folder, monkeypatch, late):
+    def sync_badly(path: Path) -> None:
+        if path.name == f"rank-{comm.size - 1:05d}.h5":
+            data = bytearray(path.read_bytes())
+            data[-5] ^= 1
+            path.write_bytes(data)
+
+    with meshes.build(comm, comm.size, 1) as mesh:
+        monkeypatch.setattr(save_module, "sync", sync_badly)
+        with pytest.raises((OSError, MpitrainError), match="other bytes were read back than had been written"):
+            save_on(mesh, folder, late=late)
+        comm.Barrier()
+        assert list(folder.iterdir()) == []
+
+
+@on_any_ranks
+@pytest.mark.parametrize("late", [False, True])
 def test_a_failed_save_leaves_no_checkpoint_and_the_next_one_works(comm, folder, monkeypatch, late):
     with meshes.build(comm, comm.size, 1) as mesh:
         with monkeypatch.context() as patch:
