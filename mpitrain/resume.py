@@ -207,6 +207,7 @@ def save_checkpoint(run: Run) -> None:
             "tokenizer.json": run.problem.tokenizer_json,
         },
         keep=run.config.checkpoint.keep,
+        pinned=progress.best_step if run.config.checkpoint.best else -1,
     )
 
 

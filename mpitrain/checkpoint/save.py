@@ -112,12 +112,12 @@ def commit(aside: Path, final: Path, manifest: Manifest) -> None:
     sync(final.parent)
 
 
-def retain(checkpoints: Path, keep: int, best_step: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the best (rank 0 only, after a commit)."""
+def retain(checkpoints: Path, keep: int, pinned: int) -> None:
+    """Delete all checkpoints but the newest `keep` and that of step `pinned` (rank 0 only, after a commit)."""
     reach("save.retain")
     for place in committed(checkpoints)[keep:]:
         match = STEP_DIRECTORY.fullmatch(place.name)
-        if match and int(match[1]) != best_step:
+        if match and int(match[1]) != pinned:
             discard(place)
 
 

@@ -62,6 +62,7 @@ class Saver:
         identity: Mapping[str, Any],
         documents: Mapping[str, str],
         keep: int,
+        pinned: int = -1,
     ) -> Path:
         """Begin to save `step-NNNNNNNN` (collective), when the save before is done; where it will be.
 
@@ -73,7 +74,8 @@ class Saver:
             mesh: ranks along each axis.
             identity: what a resumed run must share.
             documents: small text files that make the checkpoint self-contained, written by rank 0.
-            keep: newest checkpoints that stay, beside the best one, when this one is committed.
+            keep: newest checkpoints that stay when this one is committed.
+            pinned: step of one more that stays.
 
         Raises:
             MpitrainError: on all ranks, because one could not write: nothing is committed, what was before stays whole.
@@ -88,10 +90,10 @@ class Saver:
             with together(self._comm, f"updating {final}"), can_be_written(final, AS_BEFORE):
                 if self._comm.rank == 0:
                     refresh(final, progress)
-                    retain(self._checkpoints, keep, progress.best_step)
+                    retain(self._checkpoints, keep, pinned)
         else:
             described = {"progress": progress.model_copy(), "mesh": dict(mesh), "identity": dict(identity)}
-            self._phases = self._carry_out(final, list(slices), described, dict(documents), keep)
+            self._phases = self._carry_out(final, list(slices), described, dict(documents), (keep, pinned))
             next(self._phases)
         self._seconds += time.perf_counter() - began
         if self._image is None:
@@ -142,7 +144,12 @@ class Saver:
         self._thread.shutdown()
 
     def _carry_out(
-        self, final: Path, slices: list[StateSlice], described: dict[str, Any], documents: dict[str, str], keep: int
+        self,
+        final: Path,
+        slices: list[StateSlice],
+        described: dict[str, Any],
+        documents: dict[str, str],
+        kept: tuple[int, int],
     ) -> Iterator[None]:
         comm = self._comm
         aside, began = final.with_name(f"{final.name}.tmp-{share(comm, secrets.token_hex(4))}"), time.monotonic()
@@ -158,7 +165,7 @@ class Saver:
                 with together(comm, f"writing {aside}"), can_be_written(aside, AS_BEFORE):
                     entries = work.result()
                 everyone = gather(comm, [entries, {piece.name: list(piece.shape) for piece in slices}])
-                work = self._begin(lambda: self._commit(aside, final, everyone, described, keep))
+                work = self._begin(lambda: self._commit(aside, final, everyone, described, kept))
                 yield
                 with together(comm, f"committing {final}"), can_be_written(final, AS_BEFORE):
                     self._longest = max(self._longest, work.result() - began)
@@ -184,7 +191,9 @@ class Saver:
         entries = write_slices(aside / f"rank-{self._comm.rank:05d}.h5", slices, self._image)
         return entries | (write_documents(aside, documents) if self._comm.rank == 0 else {})
 
-    def _commit(self, aside: Path, final: Path, everyone: list[Any], described: dict[str, Any], keep: int) -> float:
+    def _commit(
+        self, aside: Path, final: Path, everyone: list[Any], described: dict[str, Any], kept: tuple[int, int]
+    ) -> float:
         """When it was done."""
         if self._comm.rank == 0:
             manifest = Manifest(
@@ -195,5 +204,5 @@ class Saver:
                 **described,
             )
             commit(aside, final, manifest)
-            retain(self._checkpoints, keep, manifest.progress.best_step)
+            retain(self._checkpoints, *kept)
         return time.monotonic()

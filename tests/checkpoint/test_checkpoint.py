@@ -307,12 +307,12 @@ def test_a_tensor_of_another_shape_and_one_with_a_gap_are_errors_of_all_ranks(co
 
 
 @on_any_ranks
-def test_the_newest_and_the_best_are_kept(comm, folder):
+def test_the_newest_and_a_pinned_one_are_kept(comm, folder):
     with meshes.build(comm, comm.size, 1) as mesh:
         for step in (1, 2, 3, 4, 5):
             save_on(mesh, folder, step=step)
     if comm.rank == 0:
-        retain(folder, keep=2, best_step=2)
+        retain(folder, keep=2, pinned=2)
         assert [path.name for path in committed(folder)] == [f"step-{step:08d}" for step in (5, 4, 2)]
         assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in (2, 4, 5)]
 

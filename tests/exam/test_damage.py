@@ -1,4 +1,4 @@
-"""Cases 6 to 8: files of a run are damaged, missing, left over or copied."""
+"""Cases 6 to 8 and 17: files of a run are damaged, missing, left over or copied, and what is kept."""
 
 from __future__ import annotations
 
@@ -135,3 +135,39 @@ def test_left_overs_go_and_copies_stay(reference: Exam, told):
     reference.finish(2, "left-overs", 5)
     assert verify(MPI.COMM_SELF, checkpoints / "step-00000006-copy").progress.step == NUM_STEPS
     told("half a save of step 6 left over, a copy of step 6", "left-over gone, copy whole, bit-equal")
+
+
+@pytest.mark.case(17)
+def test_damage_of_all_that_is_newer_leaves_the_best_to_go_on_from(reference: Exam, told):
+    run = copy_of(reference, "kept")
+    for step in steps_of(run)[1:]:
+        DAMAGES["one bit"](run / "checkpoints" / f"step-{step:08d}")
+    done = reference.finish(2, "kept", steps_of(run)[0])
+    assert done.stdout.count("falling back to the checkpoint before it") == 2
+    told("keep 2, and both damaged", f"said so, went on from step {steps_of(reference.reference(2))[0]}, bit-equal")
+
+
+@pytest.mark.case(17)
+@pytest.mark.parametrize("place, visit", [("save.discard", 1), ("save.committed", 3), ("save.retain", 2)])
+def test_of_one_checkpoint_that_is_kept_none_is_lost(reference: Exam, told, place, visit):
+    out, keep = f"one-{place}", ("--checkpoint.keep", "1", "--checkpoint.best", "false")
+    done = reference.run(2, out, settings=keep, MPITRAIN_FAILPOINT=f"{place}:0:{visit}=kill")
+    assert done.returncode != 0
+    steps = steps_of(reference.place / out)
+    assert 1 <= len(steps) <= 2
+    again = reference.run(2, out, settings=keep)
+    assert again.returncode == 0 and f"resume   step {steps[-1]} from" in again.stdout, again.stdout
+    assert steps_of(reference.place / out) == [NUM_STEPS]
+    assert not list((reference.place / out / "checkpoints").glob("*.tmp-*"))
+    told(
+        f"keep 1, kill at {place}, visit {visit}", f"{steps} were there, went on from {steps[-1]}, one left at the end"
+    )
+
+
+@pytest.mark.case(17)
+def test_the_best_stays_beside_the_newest(reference: Exam, told):
+    reference.reference(2)
+    out = reference.run(2, "best", settings=("--checkpoint.keep", "1"))
+    assert out.returncode == 0 and "best     weights of step 3, the best on dev" in out.stdout
+    assert steps_of(reference.place / "best") == [3, NUM_STEPS]
+    told("keep 1, the best at step 3", f"steps 3 and {NUM_STEPS} are there")
