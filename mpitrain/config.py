@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from mpitrain.errors import UsageError
+from mpitrain.files import parse_toml
 from mpitrain.sections import Checkpoint, Comm, Mesh, Pipeline, Runtime, Tokenizer, Train
 
 # Variables of the program that are not fields of the configuration.
@@ -137,7 +138,7 @@ def _is_field(variable: str) -> bool:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return parse_toml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {file}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from mpitrain.errors import DataError
+from mpitrain.files import parse_json
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.draw import write
 from mpitrain.pipeline.messages import with_messages
@@ -53,7 +53,7 @@ def read_steps(file: Path) -> tuple[list[Step], bool]:
         DataError: as for `report`.
     """
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = parse_json(file.read_text(encoding="utf-8"))
         placement = Placement(tuple(map(tuple, document["otherData"]["places"])))
         found: dict[tuple[int, int], list[list[Span]]] = defaultdict(lambda: [[] for _ in placement.places])
         num_tensor = document["otherData"].get("tensor", 1)

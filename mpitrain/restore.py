@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from mpitrain.checkpoint.manifest import Manifest, committed, find_checkpoint
 from mpitrain.comm.buckets import Member, StateSlice
 from mpitrain.config import Config
 from mpitrain.errors import CheckpointError, on_all_ranks
+from mpitrain.files import parse_json
 from mpitrain.model.bert import BertStage, parameter_shapes
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.executor import Executor
@@ -55,22 +55,27 @@ def open_checkpoint(comm: Comm, place: Path, console: Console) -> Trained:
         hint = f"; others, to be given as --checkpoint: {', '.join(others)}" if others else ""
         raise on_all_ranks(CheckpointError(f"{error}{hint}")) from None
     console.say("loaded", f"{directory} ({len(manifest.tensors)} tensors, {len(manifest.files)} files verified)")
-    texts = attempt_at_root(
-        comm, f"reading {directory}", lambda: [(directory / name).read_text(encoding="utf-8") for name in DOCUMENTS]
-    )
+    texts = attempt_at_root(comm, f"reading {directory}", lambda: [_read(directory / name) for name in DOCUMENTS])
     return attempt(comm, f"understanding {directory}", lambda: _understand(directory, manifest, *texts))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
 
 
 def _understand(directory: Path, manifest: Manifest, config: str, tokenizer: str) -> Trained:
     try:
-        described = json.loads(config)
+        described = parse_json(config)
         problem = Problem.from_documents(described["problem"], tokenizer)
         trained_on = {name: described[name] for name in ("data", "shards")}
         train = described["config"]["train"]
         numerics = {name: train[name] for name in ("precision", "matmul_precision")}
         return Trained(directory, manifest, problem, trained_on, numerics)
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory}/config.json: cannot be used: {error!r}") from None
+    except Exception as error:  # of JSON, of pydantic, and of tokenizers, which has no class of its own
+        raise CheckpointError(f"{directory}: config.json or tokenizer.json cannot be used: {error!r}") from None
 
 
 def restore_weights(comm: Comm, trained: Trained, names: list[str]) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed, find_che
 from mpitrain.checkpoint.save import forget_after
 from mpitrain.drift import raise_together
 from mpitrain.errors import NoProgressError, UsageError
+from mpitrain.files import parse_json
 from mpitrain.model import linear
 from mpitrain.observe.record import STARTS
 from mpitrain.place import multiplies_by_library
@@ -169,7 +170,7 @@ def say_what_differs(run: Run, place: Path) -> None:
 
 
 def _described(place: Path) -> dict[str, Any]:
-    described: dict[str, Any] = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    described: dict[str, Any] = parse_json((place / "config.json").read_text(encoding="utf-8"))
     return described
 
 

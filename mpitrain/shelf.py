@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from mpitrain.errors import UsageError
@@ -21,9 +22,10 @@ def find(kind: str, name: str) -> Path:
         UsageError: nothing has that name; the message lists the names there are.
     """
     for candidate in [Path(name), *(place / f"{name}.toml" for place in shelves(kind))]:
-        if candidate.exists():
-            return candidate
+        with suppress(OSError):  # a name can be too long for the system
+            if candidate.exists():
+                return candidate
     names = sorted({file.stem for place in shelves(kind) for file in place.glob("*.toml")})
     raise UsageError(
-        f"{name!r} is no file or folder, nor a name on the shelf of {kind}; names there are: {', '.join(names)}"
+        f"{name[:200]!r} is no file or folder, nor a name on the shelf of {kind}; names there are: {', '.join(names)}"
     )

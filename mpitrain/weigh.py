@@ -5,7 +5,6 @@ An estimate by operations (`model.cost`) knows neither this machine's caches nor
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from mpitrain.checkpoint.manifest import find_checkpoint
 from mpitrain.config import Config
 from mpitrain.dataset.sequences import Sequences
 from mpitrain.errors import CheckpointError
+from mpitrain.files import parse_json
 from mpitrain.model.bert import BertStage, num_blocks, token_loss
 from mpitrain.model.dropout import KeyedDropout
 from mpitrain.model.initial import initialize
@@ -86,7 +86,7 @@ def last_split(arrangement: Arrangement, config: Config) -> list[Blocks] | None:
         return None
     try:
         text = (find_checkpoint(resumed, best=False) / "config.json").read_text(encoding="utf-8")
-        then = json.loads(text)["mesh"]
+        then = parse_json(text)["mesh"]
         stages = stages_of(then["stages"])
         here = arrangement.data, arrangement.tensor
         same_size = (then["data"], then["tensor"]) == here and sum(map(len, stages)) == len(arrangement.chunks)

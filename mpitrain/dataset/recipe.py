@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mpitrain import shelf
 from mpitrain.errors import DataError, UsageError
+from mpitrain.files import parse_toml
 
 SPLITS = ("train", "dev", "test")
 Split = Annotated[str, Field(pattern="^(train|dev|test)$")]
@@ -72,7 +73,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if place.suffix != ".toml":
         return _plain_recipe(place.stem, {"train": place})
     try:
-        recipe = Recipe.model_validate(tomllib.loads(place.read_text(encoding="utf-8")))
+        recipe = Recipe.model_validate(parse_toml(place.read_text(encoding="utf-8")))
     except ValidationError as error:
         mistakes = [f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
         raise DataError("\n".join([f"{place}: not a dataset recipe:", *mistakes])) from None
@@ -86,7 +87,7 @@ def _locate(recipe: Recipe, beside: Path) -> dict[Split, Path]:
     found: dict[Split, Path] = {}
     missing: list[Path] = []
     for split, file in recipe.files.items():
-        candidates = [folder / file for folder in folders if (folder / file).is_file()]
+        candidates = [folder / file for folder in folders if _is_file(folder / file)]
         if candidates:
             found[split] = candidates[0].resolve()
         else:
@@ -98,6 +99,13 @@ def _locate(recipe: Recipe, beside: Path) -> dict[Split, Path]:
             f"Put them below a folder of yours and set MPITRAIN_CORPORA to it: $MPITRAIN_CORPORA/{missing[0]}."
         )
     return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name can be too long for the system
+        return False
 
 
 def _recipe_of_directory(directory: Path) -> Recipe:

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mpitrain import shelf
 from mpitrain.errors import DataError, MpitrainError, UsageError
+from mpitrain.files import parse_toml
+
+MANY = 1 << 24  # more of anything than any BERT has: what says so is damaged, and would be tried all the same
 
 
 class ModelCard(BaseModel):
@@ -19,14 +22,14 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    vocab_size: int = Field(30522, gt=0, strict=True)
-    hidden_size: int = Field(gt=0, strict=True)
-    num_hidden_layers: int = Field(gt=0, strict=True)
-    num_attention_heads: int = Field(gt=0, strict=True)
-    intermediate_size: int = Field(gt=0, strict=True)
+    vocab_size: int = Field(30522, gt=0, le=MANY, strict=True)
+    hidden_size: int = Field(gt=0, le=MANY, strict=True)
+    num_hidden_layers: int = Field(gt=0, le=1024, strict=True)
+    num_attention_heads: int = Field(gt=0, le=MANY, strict=True)
+    intermediate_size: int = Field(gt=0, le=MANY, strict=True)
     hidden_act: Literal["gelu", "gelu_new", "relu"] = "gelu"  # exact (erf), tanh approximation, rectifier
-    max_position_embeddings: int = Field(512, gt=0, strict=True)
-    type_vocab_size: int = Field(2, gt=0, strict=True)
+    max_position_embeddings: int = Field(512, gt=0, le=MANY, strict=True)
+    type_vocab_size: int = Field(2, gt=0, le=MANY, strict=True)
     hidden_dropout_prob: float = Field(0.1, ge=0.0, lt=1.0)
     attention_probs_dropout_prob: float = Field(0.1, ge=0.0, lt=1.0)
     classifier_dropout: float | None = Field(None, ge=0.0, lt=1.0)  # None: hidden_dropout_prob
@@ -73,7 +76,7 @@ def load_card(name_or_path: str | Path) -> ModelCard:
     """
     path = shelf.find("models", str(name_or_path))
     try:
-        return card_of(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+        return card_of(parse_toml(path.read_text(encoding="utf-8")), str(path))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as failure:
         raise UsageError(f"{path}: a model card is a TOML file, but reading it met: {failure}") from None
 

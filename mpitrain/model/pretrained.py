@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpitrain.errors import DataError
+from mpitrain.files import parse_json
 from mpitrain.model.bert import parameter_shapes
 from mpitrain.model.card import ModelCard, card_of
 
@@ -99,7 +100,7 @@ def _why_no_head(own: list[str], wanted: list[str]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as failure:
         raise DataError(f"{path}: a pretrained directory needs this JSON file, but reading it met: {failure}") from None
     if not isinstance(values, dict):

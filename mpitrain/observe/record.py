@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain.errors import UsageError
-from mpitrain.files import can_be_written, replace_file
+from mpitrain.files import can_be_written, parse_json, replace_file
 
 STARTS, LOCK = "starts.json", "lock"
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
@@ -78,9 +78,9 @@ class RunDirectory:
         """How many starts in a row have begun at this step, this one included; none of those before came to an end."""
         file = self.path / STARTS
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = parse_json(file.read_text(encoding="utf-8"))
             number = 1 + int(before["starts"]) if before["step"] == step else 1
-        except (OSError, ValueError, KeyError, TypeError):  # none or damaged
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):  # none or damaged
             number = 1
         self.write(STARTS, {"step": step, "starts": number})
         return number
@@ -106,7 +106,7 @@ class RunDirectory:
 
     def _metric_lines(self) -> list[str]:
         file = self.path / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
         return [line for line in lines[:-1] if line]  # what stands behind the last newline was cut by a kill
 
 
@@ -119,8 +119,8 @@ def _whose() -> str:
 def _step_of(line: str) -> int:
     """The step of a line of metrics; 0 if it is damaged: a log must not keep a run from going on."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return int(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from examining import NUM_STEPS, SEED, Exam, steps_of
+from examining import NUM_STEPS, SEED, Exam, newest, steps_of
 from launching import mpitrain
 from mpi4py import MPI
 from tiny import exit_of
@@ -18,15 +18,6 @@ from mpitrain.dataset.shards import open_dataset, verify_dataset
 from mpitrain.errors import MpitrainError
 
 FLIPS = 1000
-
-
-def newest(run: Path) -> Path:
-    return run / "checkpoints" / f"step-{steps_of(run)[-1]:08d}"
-
-
-def copy_of(reference: Exam, out: str) -> Path:
-    """A finished run of two ranks that may be spoilt."""
-    return Path(shutil.copytree(reference.reference(2), reference.place / out))
 
 
 def swap(checkpoint: Path) -> None:
@@ -56,7 +47,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.case(6)
 def test_every_flipped_byte_is_found(reference: Exam, told):
-    run, chance = copy_of(reference, "flipped"), random.Random(SEED)
+    run, chance = reference.copy("flipped"), random.Random(SEED)
     dataset = next(reference.place.glob("cache/**/dataset.json")).parent
     shards = Path(shutil.copytree(dataset, reference.place / "shards"))
     info = open_dataset(shards)
@@ -81,7 +72,7 @@ def test_every_flipped_byte_is_found(reference: Exam, told):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_loudly(reference: Exam, told, damage):
     out = f"damaged-{damage.replace(' ', '-')}"
-    run = copy_of(reference, out)
+    run = reference.copy(out)
     before = steps_of(run)[-2]
     DAMAGES[damage](newest(run))
     done = reference.finish(2, out, before)
@@ -103,7 +94,7 @@ def test_another_tokenizer_beside_the_shards_is_refused(reference: Exam, told):
 
 @pytest.mark.case(6)
 def test_without_a_whole_checkpoint_nothing_is_started(reference: Exam, told):
-    run = copy_of(reference, "hopeless")
+    run = reference.copy("hopeless")
     for step in steps_of(run):
         DAMAGES["one bit"](run / "checkpoints" / f"step-{step:08d}")
     done = reference.run(2, "hopeless")
@@ -116,7 +107,7 @@ def test_without_a_whole_checkpoint_nothing_is_started(reference: Exam, told):
 @pytest.mark.parametrize("content", [b"", b"\x00\xff", b"step-00000099\n"])
 def test_a_pointer_to_the_latest_is_not_believed(reference: Exam, told, content):
     out = f"pointer-{len(content)}"
-    run = copy_of(reference, out)
+    run = reference.copy(out)
     for place in (run, run / "checkpoints"):
         (place / "latest").write_bytes(content)
     (run / "checkpoints" / "step-00000099").mkdir()
@@ -126,7 +117,7 @@ def test_a_pointer_to_the_latest_is_not_believed(reference: Exam, told, content)
 
 @pytest.mark.case(8)
 def test_left_overs_go_and_copies_stay(reference: Exam, told):
-    run = copy_of(reference, "left-overs")
+    run = reference.copy("left-overs")
     checkpoints = run / "checkpoints"
     shutil.copytree(newest(run), checkpoints / "step-00000006-copy")
     shutil.rmtree(newest(run))
@@ -139,7 +130,7 @@ def test_left_overs_go_and_copies_stay(reference: Exam, told):
 
 @pytest.mark.case(17)
 def test_damage_of_all_that_is_newer_leaves_the_best_to_go_on_from(reference: Exam, told):
-    run = copy_of(reference, "kept")
+    run = reference.copy("kept")
     for step in steps_of(run)[1:]:
         DAMAGES["one bit"](run / "checkpoints" / f"step-{step:08d}")
     done = reference.finish(2, "kept", steps_of(run)[0])

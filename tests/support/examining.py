@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -67,6 +68,10 @@ class Exam:
             self._references[ranks] = self.place / out
         return self._references[ranks]
 
+    def copy(self, out: str) -> Path:
+        """A finished run of two ranks that may be spoilt."""
+        return Path(shutil.copytree(self.reference(2), self.place / out))
+
     def finish(self, ranks: int, out: str, newest: int) -> Any:
         """Go on with an interrupted run: from its newest checkpoint, to the bits of the one without misfortune."""
         reference, run = self.reference(ranks), self.place / out
@@ -115,9 +120,14 @@ def steps_of(run: Path) -> list[int]:
     return sorted(int(place.parent.name[5:]) for place in run.glob("checkpoints/step-????????/manifest.json"))
 
 
+def newest(run: Path) -> Path:
+    """The directory of the newest checkpoint."""
+    return run / "checkpoints" / f"step-{steps_of(run)[-1]:08d}"
+
+
 def assert_same_checkpoint(run: Path, reference: Path) -> None:
     """The newest checkpoints hold the same bits."""
-    mine, theirs = (tensors_of(each / "checkpoints" / f"step-{steps_of(each)[-1]:08d}") for each in (run, reference))
+    mine, theirs = (tensors_of(newest(each)) for each in (run, reference))
     assert mine.keys() == theirs.keys()
     for name, values in mine.items():
         assert np.array_equal(values.view(np.int32), theirs[name].view(np.int32)), name
