@@ -78,6 +78,7 @@ class Board:
         memories = [self._window.Shared_query(rank)[0] for rank in range(self.node.size)]
         # A file without a name, which others of the node open by the number that it has in this process.
         self._stacks = os.fdopen(os.memfd_create("stacks"), "w+")
+        signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # what comes after `close` must not kill
         faulthandler.register(STACK_SIGNAL, self._stacks, all_threads=True)
         pid = os.getpid()
         everyone = collect(self.node, [world.rank, pid, start_of(pid), self._stacks.fileno()])

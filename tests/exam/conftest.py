@@ -1,7 +1,7 @@
 """The exam's table: each case, what was injected, what came of it, and how long it took.
 
-Without ROUNDS in the environment (`make exam` sets it) a quick part is done: every place of a save (case 2), and a
-quarter of what else a case does with other parameters.
+Without ROUNDS in the environment (`make exam` sets it) a quick part is done, on two ranks mostly: every place of a save
+(case 2), and a sixth of what else a case does with other parameters. The whole exam fails if a case was not visited.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-ROWS = pytest.StashKey[list[tuple[int, str, str, float]]]()
+ROWS = pytest.StashKey[list[tuple[int | str, str, str, float]]]()
+NO_PARAMETERS = SimpleNamespace(params={})
+CASES = set(range(1, 43))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "case(number): of the exam; what is injected is the test's parameters")
+    config.addinivalue_line("markers", "whole: not in the quick part of the exam")
     config.stash[ROWS] = []
 
 
@@ -27,7 +32,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     keep, leave, seen = [], [], Counter[str]()
     for item in items:
         case, name = item.get_closest_marker("case"), item.nodeid.partition("[")[0]
-        (keep if case is None or case.args[0] == 2 or seen[name] % 4 == 0 else leave).append(item)
+        if item.get_closest_marker("whole") or getattr(item, "callspec", NO_PARAMETERS).params.get("ranks", 2) != 2:
+            leave.append(item)
+            continue
+        (keep if case is None or case.args[0] == 2 or seen[name] % 6 == 0 else leave).append(item)
         seen[name] += 1
     items[:] = keep
     config.hook.pytest_deselected(items=leave)
@@ -45,13 +53,30 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         item.config.stash[ROWS].append((case.args[0], injected, found, report.duration))
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """The whole exam has to come to all cases."""
+    yield
+    missing = sorted(CASES - {row[0] for row in session.config.stash.get(ROWS, [])})
+    if is_whole(session.config) and missing:
+        reporter = session.config.pluginmanager.getplugin("terminalreporter")
+        reporter.write_line(f"cases that were not visited: {', '.join(map(str, missing))}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Whether nothing of it was left out by whoever has started it."""
+    asked = [Path(argument).resolve() for argument in config.args]
+    return "ROUNDS" in os.environ and asked == [Path(__file__).parent] and not config.option.keyword
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    rows = sorted(config.stash.get(ROWS, []), key=lambda row: row[0])
+    rows = sorted(config.stash.get(ROWS, []), key=lambda row: (isinstance(row[0], str), row[0]))
     if rows:
         terminalreporter.write_sep("=", "exam")
         width = max(len(injected) for _, injected, *_ in rows)
         for number, injected, found, seconds in rows:
-            terminalreporter.write_line(f"{number:4}  {injected:<{width}}  {seconds:6.1f} s  {found}")
+            terminalreporter.write_line(f"{number:>4}  {injected:<{width}}  {seconds:6.1f} s  {found}")
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def test_a_rank_that_hangs_is_named(reference: Exam, told, place, action, phase)
 @pytest.mark.case(14)
 @pytest.mark.parametrize("rank", range(4))
 def test_a_rank_stopped_from_outside_ends_the_job_in_time(reference: Exam, told, rank):
-    attempt = reference.begin(4, f"stopped-{rank}", settings=(*FLAGS, "--mesh.pipe", "2"))
+    attempt = reference.begin(4, f"stopped-{rank}", settings=(*FLAGS, "--mesh.pipe", "2", "--train.epochs", "99"))
     attempt.wait_until(lambda: len(metrics_of(attempt.run)) >= 2)
     os.kill(ranks_of(attempt.mark)[rank], signal.SIGSTOP)
     began = time.monotonic()

@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from examining import ROUNDS, SEED, Exam, steps_of
+from examining import RANKS, ROUNDS, SEED, Exam, steps_of
 from tiny import exit_of, ranks_of
 
 from mpitrain.runtime.failpoints import PLACES
@@ -51,23 +51,26 @@ def test_killed_at_a_random_instant(reference: Exam, told, number):
 
 
 @pytest.mark.case(2)
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("place, rank, visit", STRIKES)
-def test_killed_at_each_stage_of_a_save(reference: Exam, told, place, rank, visit):
-    out = f"{place}-{rank}-{visit}"
-    done = reference.run(2, out, MPITRAIN_FAILPOINT=f"{place}:{rank}:{visit}=kill")
+def test_killed_at_each_stage_of_a_save(reference: Exam, told, place, rank, visit, ranks):
+    rank = min(rank, ranks - 1)
+    out = f"{place}-{rank}-{visit}-{ranks}"
+    done = reference.run(ranks, out, MPITRAIN_FAILPOINT=f"{place}:{rank}:{visit}=kill")
     assert f"failpoint {place} on rank {rank}, visit {visit}: kill" in done.stderr, done.stderr
     assert done.returncode != 0
     steps = steps_of(reference.place / out)
-    reference.finish(2, out, max(steps, default=0))
-    told(f"kill at {place}, rank {rank}, visit {visit}", f"went on from {steps}, bit-equal")
+    reference.finish(ranks, out, max(steps, default=0))
+    told(f"kill at {place}, rank {rank} of {ranks}, visit {visit}", f"went on from {steps}, bit-equal")
 
 
 @pytest.mark.case(3)
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("place, action", FAILURES)
-def test_one_rank_alone_fails(reference: Exam, told, place, action):
-    out, rank = f"{place}-{action}", 0 if place in OF_RANK_0 else 1
+def test_one_rank_alone_fails(reference: Exam, told, place, action, ranks):
+    out, rank = f"{place}-{action}-{ranks}", 0 if place in OF_RANK_0 else ranks - 1
     began = time.monotonic()
-    done = reference.run(2, out, MPITRAIN_FAILPOINT=f"{place}:{rank}:1={action}")
+    done = reference.run(ranks, out, MPITRAIN_FAILPOINT=f"{place}:{rank}:1={action}")
     assert f"failpoint {place} on rank {rank}, visit 1: {action}" in done.stderr, done.stderr
     assert done.returncode != 0
     if action == "raise":
@@ -75,4 +78,7 @@ def test_one_rank_alone_fails(reference: Exam, told, place, action):
         assert f"rank {rank}" in done.stderr and "a fail-point struck" in done.stderr, done.stderr
         if place != "start":  # before that, nobody knows the run directory
             assert exit_of(reference.place / out)["code"] == 70
-    told(f"{action} at {place} on rank {rank}", f"exit code {done.returncode} after {time.monotonic() - began:.1f} s")
+    told(
+        f"{action} at {place} on rank {rank} of {ranks}",
+        f"exit code {done.returncode} after {time.monotonic() - began:.1f} s",
+    )

@@ -38,6 +38,7 @@ CASES = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "what, tests, ranks",

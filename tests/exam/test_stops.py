@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from examining import NUM_STEPS, ROUNDS, SEED, Attempt, Exam, steps_of
+from examining import NUM_STEPS, RANKS, ROUNDS, SEED, Attempt, Exam, steps_of
 from tiny import exit_of, metrics_of, ranks_of, tensors_of
 
 from mpitrain.errors import ExitCode
@@ -23,14 +23,14 @@ def strike(attempt: Attempt, number: signal.Signals, rank: int | None) -> None:
     os.kill(attempt.process.pid if rank is None else ranks_of(attempt.mark)[rank], number)
 
 
-def assert_stopped(reference: Exam, out: str, name: str, done: Any) -> int:
+def assert_stopped(reference: Exam, out: str, name: str, done: Any, ranks: int = 2) -> int:
     """A checkpoint of the step at which all ranks stopped, and the end of the run as if nothing had been; the step."""
     run = reference.place / out
     assert done.returncode == ExitCode.STOPPED, done.stdout + done.stderr
     told = exit_of(run)
     assert (told["code"], told["reason"]) == (ExitCode.STOPPED, f"stopped by {name}")
     assert steps_of(run)[-1] == told["step"]
-    reference.finish(2, out, told["step"])
+    reference.finish(ranks, out, told["step"])
     return int(told["step"])
 
 
@@ -50,20 +50,23 @@ FULL = [("save.slices", 1), ("save.hash", 1), ("save.manifest", 0), ("save.renam
 
 
 @pytest.mark.case(9)
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("whom", [None, 0, 1])
 @pytest.mark.parametrize("where", NAPS)
-def test_a_signal_stops_all_ranks_at_one_step(reference: Exam, told, where, whom):
+def test_a_signal_stops_all_ranks_at_one_step(reference: Exam, told, where, whom, ranks):
+    whom = None if whom is None else min(whom, ranks - 1)
     number = signal.SIGUSR1 if whom is None else signal.SIGTERM
     nap, is_there = NAPS[where]
-    out = f"signal-{where.replace(' ', '-')}-{whom}"
-    reference.reference(2)
-    attempt = reference.begin(2, out, MPITRAIN_FAILPOINT=nap)
+    nap = nap if ranks > 1 else nap.replace(":1:", ":0:")
+    out = f"signal-{where.replace(' ', '-')}-{whom}-{ranks}"
+    reference.reference(ranks)
+    attempt = reference.begin(ranks, out, MPITRAIN_FAILPOINT=nap)
     attempt.wait_until(lambda: bool(is_there(attempt.run)))
     for _ in range(2):  # the second one changes nothing
         strike(attempt, number, whom)
         time.sleep(0.1)
-    step = assert_stopped(reference, out, number.name, attempt.end())
-    who = "mpirun" if whom is None else f"rank {whom}"
+    step = assert_stopped(reference, out, number.name, attempt.end(), ranks)
+    who = "mpirun" if whom is None else f"rank {whom} of {ranks}"
     told(f"{number.name} twice to {who} during {where}", f"exit code 75 after step {step}, then to the end, bit-equal")
 
 
@@ -205,17 +208,19 @@ def test_a_limit_of_the_system_on_files(reference: Exam, told):
 
 
 @pytest.mark.case(16)
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("place, rank", FULL)
-def test_a_full_disk_leaves_the_checkpoints_before(reference: Exam, told, place, rank):
-    out = f"full-{place}"
-    done = reference.run(2, out, MPITRAIN_FAILPOINT=f"{place}:{rank}:3=full")
+def test_a_full_disk_leaves_the_checkpoints_before(reference: Exam, told, place, rank, ranks):
+    rank = min(rank, ranks - 1)
+    out = f"full-{place}-{ranks}"
+    done = reference.run(ranks, out, MPITRAIN_FAILPOINT=f"{place}:{rank}:3=full")
     assert done.returncode == 70
     assert "cannot be written: No space left on device; the checkpoints before it are" in done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     left = sorted(place.name for place in (reference.place / out / "checkpoints").iterdir())
     assert left == ["step-00000001", "step-00000002"]
-    reference.finish(2, out, 2)
-    told(f"no space left at {place}, rank {rank}", "exit code 70, said so, went on from step 2, bit-equal")
+    reference.finish(ranks, out, 2)
+    told(f"no space left at {place}, rank {rank} of {ranks}", "exit code 70, said so, went on from step 2, bit-equal")
 
 
 @pytest.mark.case(26)
