@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpitrain import __version__, config
 from mpitrain.bench import command as bench
-from mpitrain.errors import ExitCode, MpitrainError, UsageError, on_all_ranks
+from mpitrain.errors import ExitCode, MpitrainError, UsageError
 from mpitrain.runtime import launch
 
 if TYPE_CHECKING:
+    from mpitrain.commands import Job
     from mpitrain.config import Config
-    from mpitrain.observe.console import Console
-    from mpitrain.runtime.watchdog import Watch
 
 COMMANDS = {
     "train": "train, evaluate, save (the default)",
@@ -99,16 +97,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(error.code)
     try:
+        from mpitrain.commands import Job
+        from mpitrain.observe.console import Console
         from mpitrain.runtime.watchdog import Watch
 
         watch = Watch(world, lambda error: launch.abort(world, error, None))
         launch.die_unless_done_in(0)
-        code = run(world, command, arguments, stop, watch)
-        launch.die_unless_done_in(max(watch.hang_timeout, launch.SECONDS_TO_LEAVE) if watch.hang_timeout else 0)
-        watch.end()
+        job = Job(world, watch, Console(world.rank == 0, to_stderr=command == "predict"), stop, arguments)
+        code = run(job, command)
+        patience = job.watch.hang_timeout
+        launch.die_unless_done_in(max(patience, launch.SECONDS_TO_LEAVE) if patience else 0)
+        job.watch.end()
     except BaseException as error:  # SystemExit too: the other ranks would wait for this one
         launch.abort(world, error, error.__traceback__)
-    launch.finish(world, code)
+    launch.finish(job.world, code)
 
 
 def answer_without_mpi(command: str, arguments: list[str]) -> int:
@@ -133,32 +135,31 @@ def print_help(command: str) -> None:
     print(command_parser(command).format_help(), config.help_text(), sep="\n")  # noqa: T201
 
 
-def run(world: Any, command: str, arguments: list[str], stop: launch.StopRequest, watch: Watch) -> int:
+def run(job: Job, command: str) -> int:
     """A command's exit code, the same on all ranks; errors that not all ranks share end the job instead."""
-    from mpitrain.observe.console import Console
+    from mpitrain.commands import HANDLERS
     from mpitrain.runtime import failpoints
     from mpitrain.runtime.agree import attempt, require_same
     from mpitrain.runtime.identity import program
     from mpitrain.runtime.notes import State, note
 
-    console = Console(world.rank == 0, to_stderr=command == "predict")
+    world = job.world
     try:
         attempt(world, "reading the environment", lambda: failpoints.arm(world.rank))
-        options, settings = attempt(world, "reading the configuration", lambda: _read_arguments(command, arguments))
+        options, settings = attempt(world, "reading the configuration", lambda: _read_arguments(command, job.arguments))
         told = {"command": command, **vars(options), **flat(settings.model_dump(mode="json"))}
         require_same(world, "settings", {key: str(value) for key, value in told.items()})
         require_same(world, "the program", attempt(world, "looking at the program", program))
-        watch.hang_timeout = settings.runtime.hang_timeout
+        job.watch.hang_timeout = settings.runtime.hang_timeout
+        job.watch.survives = settings.runtime.on_failure == "shrink"
         note(b"loading libraries", state=State.WORKING)
         failpoints.reach("start")
-        if command == "train":
-            return _train(world, arguments, settings, console, stop)
-        return HANDLERS[command](world, options, settings, console)
+        return HANDLERS[command](job, options, settings)
     except MpitrainError as error:
         if not error.agreed:
             raise
-        if world.rank == 0:
-            console.stop_steps()
+        if job.world.rank == 0:
+            job.console.stop_steps()
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return error.code
 
@@ -175,123 +176,3 @@ def _read_arguments(command: str, arguments: list[str]) -> tuple[argparse.Namesp
     own, fields = split_arguments(arguments)
     options = command_parser(command).parse_args(own)
     return options, config.load(fields, options.config)
-
-
-def _train(world: Any, arguments: list[str], settings: Config, console: Console, stop: launch.StopRequest) -> int:
-    from mpitrain.train import train
-
-    console.say("mpitrain", __version__)
-    code, directory = train(world, settings, console, stop)
-    if code == ExitCode.STOPPED:
-        launcher = f"mpirun -np {world.size} " if world.size > 1 else ""
-        told = [*arguments, *([] if settings.out else ["--out", str(directory)])]
-        told += [] if settings.resume == "auto" else ["--resume", "auto"]  # the last one counts
-        console.say("stopped", f"cleanly; to go on: {launcher}python -m mpitrain {shlex.join(told)}")
-        return code
-    console.say("next", f"python -m mpitrain evaluate --checkpoint {directory}")
-    console.say("", f"echo 'Maria Jordan flew to Paris .' | python -m mpitrain predict --checkpoint {directory} -")
-    console.say("", f"python -m mpitrain export --checkpoint {directory} --out {directory / 'exported'}")
-    return code
-
-
-def _prepare(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    from mpitrain.problem import prepare_files
-
-    directory = prepare_files(world, settings, options.files, console)
-    show(world, console, directory)
-    console.say("shards", f"{directory}; to train on them: --data {shlex.quote(str(directory))}")
-    return ExitCode.DONE
-
-
-def _evaluate(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    from mpitrain.evaluate import evaluate_checkpoint
-
-    evaluate_checkpoint(world, settings, _needed(options.checkpoint), console)
-    return ExitCode.DONE
-
-
-def _predict(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    from mpitrain.predict import open_input, predict
-    from mpitrain.restore import open_checkpoint, restore_stage
-
-    directory = _needed(options.checkpoint)
-    sentences = open_input(world, options.input, options.format)  # before anything is loaded
-    trained = open_checkpoint(world, directory, console)
-    place, executor = restore_stage(world, settings, trained, console)
-    number = predict(
-        executor,
-        place,
-        trained.problem,
-        sentences,
-        output=settings.out,
-        output_format=options.to,
-    )
-    console.say("tagged", f"{number:,} sentences")
-    place.close()
-    return ExitCode.DONE
-
-
-def _export(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    from mpitrain.export import export
-    from mpitrain.restore import open_checkpoint
-
-    place = _needed(options.checkpoint)
-    out = settings.out or Path("exported")
-    export(world, open_checkpoint(world, place, console), out)
-    console.say("exported", f"{out}: load it with AutoModelForTokenClassification.from_pretrained({str(out)!r})")
-    return ExitCode.DONE
-
-
-def _inspect(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    place = options.directory or options.checkpoint
-    if place is None:
-        raise on_all_ranks(UsageError("inspect needs a directory: of shards, of a run, or a checkpoint"))
-    show(world, console, place)
-    return ExitCode.DONE
-
-
-def _plan(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    from mpitrain.plan import plan
-
-    plan(world, settings, console, num_ranks=options.ranks or world.size, show_schedule=options.show_schedule)
-    return ExitCode.DONE
-
-
-def _report(world: Any, options: argparse.Namespace, settings: Config, console: Console) -> int:
-    from mpitrain.report import report
-
-    report(world, options.directory, settings.out or options.directory / "trace", console)
-    return ExitCode.DONE
-
-
-def show(world: Any, console: Console, place: Path) -> None:
-    """What is in a directory, on rank 0 (collective); damage is an error after what there is was shown."""
-    from mpitrain.describe import describe
-    from mpitrain.runtime.agree import together
-    from mpitrain.runtime.notes import State
-
-    with together(world, f"inspecting {place}", State.LISTENING):  # output may go to a pager
-        if world.rank == 0:
-            content, damage = describe(place)
-            console.show(content)
-            if damage is not None:
-                raise damage
-
-
-def _needed(checkpoint: Path | None) -> Path:
-    if checkpoint is None:  # arguments are the same on all ranks
-        raise on_all_ranks(UsageError("--checkpoint DIR is needed: a run directory or one checkpoint"))
-    return checkpoint
-
-
-Handler = Callable[[Any, argparse.Namespace, "Config", "Console"], int]
-HANDLERS: dict[str, Handler] = {
-    "prepare": _prepare,
-    "evaluate": _evaluate,
-    "predict": _predict,
-    "export": _export,
-    "inspect": _inspect,
-    "plan": _plan,
-    "report": _report,
-    "bench": bench.run,
-}

@@ -35,6 +35,7 @@ from mpitrain.runtime.agree import Comm, any_rank, attempt, gather, share, toget
 from mpitrain.runtime.deadline import Deadline, find_deadline
 from mpitrain.runtime.device import place_on_node
 from mpitrain.runtime.launch import StopRequest
+from mpitrain.runtime.survive import revoke
 from mpitrain.step import Stepper
 from mpitrain.weigh import balance
 
@@ -68,6 +69,15 @@ class Run:
     def world(self) -> Comm:
         """All ranks."""
         return self.place.mesh.world
+
+    def abandon(self) -> None:
+        """Leave all as it is, because ranks are gone: what others wait in is revoked, own threads and files end."""
+        mesh = self.place.mesh
+        comms = [mesh.world, mesh.data_axis, mesh.pipe_axis, mesh.tensor_axis]
+        revoke([*comms, *self.stepper.exchange.comms, *self.place.group.comms])
+        self.stepper.reducer.close()
+        self.saver.close()
+        self.directory.release()
 
     def close(self) -> None:
         """Give threads, memory and communicators back (collective)."""

@@ -174,6 +174,9 @@ class Runtime(Section):
 
     hang_timeout: Annotated[float, Field(allow_inf_nan=False), AfterValidator(_some_seconds)] = 600.0
     """seconds without progress of any rank after which the job is ended, with where each rank is; 0 is never"""
+    on_failure: Literal["end", "shrink"] = "end"
+    """what becomes of the job when a rank dies: it ends; or it goes on from the last checkpoint with the replicas that
+    are left (Open MPI 5 with mpirun --with-ft ulfm)"""
     time_limit: Annotated[float | None, Field(ge=0, allow_inf_nan=False), BeforeValidator(_time_limit)] = None
     """when to have stopped with a checkpoint, in seconds or [days-]hours:minutes:seconds from the start on; 0 is never;
     auto asks the scheduler (Slurm, PBS, LSF, Flux) how long the job may go on"""

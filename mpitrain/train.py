@@ -24,10 +24,24 @@ from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.failpoints import reach
 from mpitrain.runtime.launch import StopRequest, last_words, seconds_since_start
 from mpitrain.runtime.notes import note
+from mpitrain.runtime.survive import is_loss
 from mpitrain.tracing import Tracing
 
 CAUTION = 1.5  # what comes next may take so many times as long as before
 SECONDS_TO_LEAVE = 2.0  # from the last checkpoint to the end of all processes
+
+
+class RanksLostError(Exception):
+    """Some rank has died, and this one has left all that it had to do with the others.
+
+    Attributes:
+        run: as it was left.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Keep it for who makes a smaller one."""
+        super().__init__("ranks are lost")
+        self.run = run
 
 
 def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tuple[int, Path]:
@@ -35,6 +49,7 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
 
     Raises:
         MpitrainError: on all ranks, with the first cause.
+        RanksLostError: some rank has died, and this one can go on without it.
     """
     directory = forget_last_exit(comm, config.out)
     run: Run | None = None
@@ -59,6 +74,9 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
             run.close()
             comm.Barrier()  # a rank that fails until here has the last word in exit.json
     except BaseException as error:
+        if run is not None and config.runtime.on_failure == "shrink" and is_loss(error):
+            run.abandon()
+            raise RanksLostError(run) from error
         if run is not None and getattr(error, "agreed", False):
             with suppress(MpitrainError):  # what was begun before is not to be lost
                 run.saver.finish()

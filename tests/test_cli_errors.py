@@ -152,7 +152,7 @@ def test_damaged_checkpoints_are_passed_over_aloud_and_the_one_before_is_used(pl
     assert done.returncode == 0, done.stdout + done.stderr
     warnings = re.findall(r"^warning +(.*)", done.stdout, re.M)
     assert len(warnings) == 2
-    assert re.search(r"step-00000006/rank-00001.h5: is damaged: sha256 is \w+, the manifest says \w+", warnings[0])
+    assert re.search(r"step-00000006/rank-00001.h5: is damaged: xxh3 is \w+, the manifest says \w+", warnings[0])
     assert "step-00000004/rank-0000" in warnings[1]
     assert "resume   step 2 from damaged/checkpoints/step-00000002" in done.stdout
     assert [line["step"] for line in metrics_of(copy)] == [1, 2, 3, 4, 5, 6]

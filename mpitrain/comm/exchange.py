@@ -79,6 +79,11 @@ class Exchange(ABC):
             if wire is not None and wire.residual is not None:
                 yield from bucket.slices_of(f"residual-{rank}", wire.start, wire.residual)
 
+    @property
+    @abstractmethod
+    def comms(self) -> list[Comm]:
+        """In which this rank may wait for others."""
+
     @abstractmethod
     def spread(self) -> None:
         """Return once every rank sees the weights that the owners have written (collective)."""
@@ -139,6 +144,11 @@ class MessageExchange(Exchange):
             bucket.attach(weights, gradients, owned, gradients[slice(*owned)])
             self._sums.append(reduce_scatter(self._comm, gradients, self.reducing, wire, landing))
             self._gathers.append(all_gather(self._comm, weights, transport))
+
+    @property
+    def comms(self) -> list[Comm]:
+        """One of its own."""
+        return [self._comm]
 
     def reduce(self, number: int) -> None:
         """Reduce-scatter in place."""

@@ -73,6 +73,11 @@ class TensorGroup(ABC):
         start, stop = cut_rows(len(partial), self.size)[self.rank]
         return partial.narrow(0, start, stop - start)
 
+    @property
+    def comms(self) -> list[Comm]:
+        """In which this rank may wait for others, besides the axis."""
+        return []
+
     @abstractmethod
     def _gather(self, own: torch.Tensor, num_rows: int) -> torch.Tensor:
         """All rows; `own` is contiguous."""
@@ -90,6 +95,11 @@ class MessageGroup(TensorGroup):
     """Every rank sends every other what that one needs."""
 
     way = "tensor groups send messages"
+
+    @property
+    def comms(self) -> list[Comm]:
+        """One of its own."""
+        return [self._comm]
 
     def __init__(self, axis: Comm, transport: Transport) -> None:
         """A group of the ranks of `axis`, in a duplicate of it (collective)."""

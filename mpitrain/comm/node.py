@@ -25,6 +25,7 @@ from mpitrain.comm.exchange import Exchange
 from mpitrain.comm.segments import Landing
 from mpitrain.comm.window import FILLED, WRITTEN, Layout, Window
 from mpitrain.runtime.agree import Comm, collect
+from mpitrain.runtime.survive import can_survive
 from mpitrain.split import UNIT, aligned_part
 
 CHUNK = 1 << 18  # elements
@@ -91,8 +92,9 @@ class NodeExchange(Exchange):
         has_slice = node.rank < self._num_slices
         self._partners = Comm(data_axis.Split(node.rank if has_slice else data_axis.size + data_axis.rank))
         self._alone = self._partners.size == 1
-        # MPI need not go on with what was sent to other nodes unless it is called.
-        self._progress = None if self._alone else self._partners.Iprobe
+        # MPI need not go on with what was sent to other nodes unless it is called, nor tell that a rank died.
+        probed = node if can_survive() else self._partners
+        self._progress = None if probed.size == 1 else probed.Iprobe
         self._window = Window(node, Layout.of(node.size, buckets, dtype), dtype)
         self._shares = [self._adopt(number, bucket) for number, bucket in enumerate(buckets)]
         landing = Landing()
@@ -114,6 +116,11 @@ class NodeExchange(Exchange):
         first, last = aligned_part(self._partners.rank, stop - start, self._partners.size)
         bucket.attach(weights, gradients[node.rank], (start + first, start + last), share.summed[first:last])
         return share
+
+    @property
+    def comms(self) -> list[Comm]:
+        """Of the node, and of those with the same slice on others."""
+        return [self._node, self._partners]
 
     def reduce(self, number: int) -> None:
         """Sum the own slice over the node, then that sum over nodes."""

@@ -11,7 +11,7 @@ import secrets
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mpitrain.errors import UsageError
 from mpitrain.files import can_be_written, parse_json, replace_file
@@ -29,6 +29,7 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.token = secrets.token_hex(8)  # of whoever has made it
+        self._lock: TextIO | None = None
 
     def create(self) -> None:
         """Make the directory and its parents, and keep others from writing into it for as long as this object lives.
@@ -39,24 +40,29 @@ class RunDirectory:
         if self.path.is_dir() and any(self.path.iterdir()) and not self.checkpoints.is_dir():
             raise UsageError(f"--out {self.path}: holds other things than a run; give a new or an empty directory")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / LOCK).open("a+", encoding="utf-8")
+        self._lock = lock = (self.path / LOCK).open("a+", encoding="utf-8")
         for _ in range(SECONDS_FOR_A_PREDECESSOR):
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 time.sleep(1)
                 continue
             except OSError:
                 pass  # a file system without locks: the scheduler has to see to it there
-            self._lock.truncate(0)
-            self._lock.write(f"{_whose()}\n{self.token}\n")
-            self._lock.flush()
+            lock.truncate(0)
+            lock.write(f"{_whose()}\n{self.token}\n")
+            lock.flush()
             return
-        self._lock.seek(0)
+        lock.seek(0)
         raise UsageError(
-            f"--out {self.path}: another job writes to it ({self._lock.readline().strip()}); wait for its end, "
+            f"--out {self.path}: another job writes to it ({lock.readline().strip()}); wait for its end, "
             "stop it, or give another"
         )
+
+    def release(self) -> None:
+        """Let others write."""
+        if self._lock is not None:
+            self._lock.close()
 
     def is_seen(self, token: str) -> bool:
         """Whether this rank sees what the rank of that token has written; network file systems may take a moment."""

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from mpi4py import MPI
+
 from mpitrain.errors import MpitrainError
 from mpitrain.runtime import notes
 from mpitrain.runtime.agree import Comm, any_rank
@@ -36,11 +38,19 @@ class Watch:
 
     Attributes:
         hang_timeout: seconds without progress of any rank that count as a hang; 0 is for ever.
+        survives: the death of a rank is MPI's to tell, and no reason to end.
     """
 
-    def __init__(self, world: Comm, alarm: Callable[[MpitrainError], object]) -> None:
+    def __init__(
+        self,
+        world: Comm,
+        alarm: Callable[[MpitrainError], object],
+        hang_timeout: float = HANG_TIMEOUT,
+        *,
+        survives: bool = False,
+    ) -> None:
         """Begin (collective)."""
-        self.hang_timeout = HANG_TIMEOUT
+        self.hang_timeout, self.survives, self.alarm = hang_timeout, survives, alarm
         self._board = Board(world)
         ranks, node = self._board.ranks, self._board.node
         self._gossip = Gossip(world) if any_rank(world, node.size < world.size) else None
@@ -49,7 +59,7 @@ class Watch:
         self._sees = self._neighbour is not self._board.own and self._neighbour.lives()
         # Nodes hear of the last progress one after the other.
         self._lag = LOOK_EVERY * (1 + self._gossip.num_rounds) if self._gossip else 0.0
-        self._alarm, self._ended = alarm, threading.Event()
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
 
@@ -65,13 +75,21 @@ class Watch:
             progress = [rank.progress() for rank in self._board.ranks]
             moved, before = progress != before, progress
             if self._gossip is not None:
-                moved = self._gossip.exchange(moved)
+                moved = self._hear_of_progress(self._gossip, moved)
             idle = 0.0 if moved else idle + elapsed
             gone = gone + elapsed if self._sees and not self._neighbour.lives() else 0.0
             found = self._find_fault(idle, gone)
             if found is not None:
-                self._alarm(found)
+                self.alarm(found)
                 return
+
+    def _hear_of_progress(self, gossip: Gossip, moved: bool) -> bool:
+        try:
+            return gossip.exchange(moved)
+        except MPI.Exception:
+            if not self.survives:
+                raise
+            return True  # a rank is gone, which the others will notice
 
     def _is_up(self, idle: float) -> bool:
         """Whether the time is, for all that is known here."""
@@ -87,7 +105,7 @@ class Watch:
         return state == State.LISTENING or (state == State.WORKING and computes)
 
     def _find_fault(self, idle: float, gone: float) -> MpitrainError | None:
-        if gone > GRACE:
+        if gone > GRACE and not self.survives:
             return MpitrainError(
                 f"rank {self._neighbour.number} (process {self._neighbour.pid} of this node) is gone, and the launcher "
                 "has not ended the job"
@@ -113,6 +131,12 @@ class Watch:
         while time.monotonic() < limit and not self._ended.wait(LOOK_EVERY / HURRY):
             self._board.beat(alive=False)
             gossip.exchange(progress=False)
+
+    def abandon(self) -> None:
+        """Look no more, and give nothing back: others are gone."""
+        self._ended.set()
+        self._thread.join()
+        notes.detach()
 
     def end(self) -> None:
         """Look no more (collective, and before the first rank may leave)."""
