@@ -78,7 +78,7 @@ def test_killed_at_a_random_instant(reference: Exam, told, number):
     ranks = chance.choice([2, 3, 4])
     reference.reference(ranks)
     victim, delay = chance.randrange(ranks), chance.uniform(0, SECONDS)
-    attempt = begin(reference, ranks, f"random-{number}")
+    attempt = begin(reference, ranks, f"lost-{number}")
     attempt.wait_until((attempt.run / "config.json").exists)  # before, Open MPI's launcher may wait for the dead
     time.sleep(delay)
     for pid in ranks_of(attempt.mark)[victim : victim + 1]:
@@ -87,7 +87,7 @@ def test_killed_at_a_random_instant(reference: Exam, told, number):
     if found := "go on from the last checkpoint" in done.stdout:
         assert exit_of(attempt.run)["code"] == 0
     elif done.returncode:  # at the start, or when all was over
-        assert reference.run(ranks, f"random-{number}").returncode == 0
+        assert reference.run(ranks, f"lost-{number}").returncode == 0
     assert_done(attempt.run, reference.reference(ranks))
     how = "the others went on" if found else "came too late" if not done.returncode else "started again"
     told(f"SIGKILL of rank {victim} of {ranks} after {delay:.2f} s (SEED={SEED})", how)
