@@ -67,7 +67,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing mpitrain with $(MPI) and what tests and checks need into $(VENV) (minutes, the first time)"
-	$(PIP_INSTALL) --editable '.[$(MPI),report,test,dev]'
+	$(PIP_INSTALL) --editable '.[$(MPI),report,tensorboard,test,dev]'
 	@touch $(VENV)/.installed $@
 
 $(BIN)/python:

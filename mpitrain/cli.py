@@ -151,6 +151,7 @@ def run(job: Job, command: str) -> int:
         require_same(world, "settings", {key: str(value) for key, value in told.items()})
         require_same(world, "the program", attempt(world, "looking at the program", program))
         job.watch.hang_timeout = settings.runtime.hang_timeout
+        job.console.level = settings.log.level
         job.watch.survives = settings.runtime.on_failure == "shrink"
         note(b"loading libraries", state=State.WORKING)
         failpoints.reach("start")

@@ -75,7 +75,7 @@ def _go_on_without(job: Job, settings: Config, loss: RanksLostError) -> Config:
     if not lost:  # it was something else
         raise loss
     job.watch = Watch(job.world, job.watch.alarm, job.watch.hang_timeout, survives=True)
-    job.console = Console(job.world.rank == 0)
+    job.console = Console(job.world.rank == 0, level=settings.log.level)
     gone = f"rank(s) {', '.join(map(str, lost))} of the job are lost"
     if job.world.size < replica:
         error = MpitrainError(f"{gone}, and {job.world.size} left are less than a replica of {replica} needs")

@@ -20,7 +20,7 @@ from pydantic_settings import (
 
 from mpitrain.errors import UsageError
 from mpitrain.files import parse_toml
-from mpitrain.sections import Checkpoint, Comm, Mesh, Pipeline, Runtime, Tokenizer, Train
+from mpitrain.sections import Checkpoint, Comm, Log, Mesh, Pipeline, Runtime, Tokenizer, Train
 
 # Variables of the program that are not fields of the configuration.
 OTHER_VARIABLES = {"MPITRAIN_CACHE", "MPITRAIN_CORPORA", "MPITRAIN_FAILPOINT"}
@@ -59,6 +59,7 @@ class Config(BaseSettings):
     checkpoint: Checkpoint = Checkpoint()
     comm: Comm = Comm()
     runtime: Runtime = Runtime()
+    log: Log = Log()
 
     @model_validator(mode="after")
     def _reproducible_sums_by_a_tree(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from mpitrain.observe.console import Console
 from mpitrain.pipeline.executor import Executor
 from mpitrain.problem import Problem
 from mpitrain.runtime import mesh as meshes
-from mpitrain.runtime.agree import Comm, any_rank, attempt, attempt_at_root, collect
+from mpitrain.runtime.agree import Comm, any_rank, attempt, attempt_at_root, collect, gather
 from mpitrain.runtime.device import (
     Cores,
     choose_device,
@@ -78,6 +79,10 @@ def find_place(comm: Comm, config: Config, problem: Problem, console: Console, *
     mesh = meshes.build(comm, arrangement.data, arrangement.pipe, arrangement.tensor)
     transport = Transport(device, direct, cores.crowded)
     say_place(comm, console, transport, why, cores)
+    if console.hears("debug"):  # of the same level on all ranks
+        where = f"{platform.node()}, {cores.binding}, {device}"
+        for rank, told in enumerate(gather(comm, [mesh.replica, mesh.stage, mesh.tensor, where])):
+            console.detail("", "rank {}: replica {}, stage {}, tensor {}; {}".format(rank, *told))
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     if multiplies_by_library(device, config.train):
         choose_library(comm, config.train, console)

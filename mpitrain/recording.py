@@ -35,6 +35,8 @@ def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, pa
         if result.wire_errors:
             finite["wire_error"] = [[e if math.isfinite(e) else None for e in stage] for stage in result.wire_errors]
         run.directory.add_metrics(finite)
+        if run.board is not None:
+            run.board.add(finite)
         for slow in run.stragglers.add(result.work, costs, seconds):
             run.console.warn(
                 f"rank {slow.rank} on {run.nodes[slow.rank]} is slow: own work {1e3 * slow.work:.3g} ms a step, where "
@@ -42,4 +44,4 @@ def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, pa
             )
     if not result.updated:
         run.console.warn(f"step {plan.step + 1}: loss or gradient is not finite; all ranks skip this update")
-    run.console.step(metrics, run.num_steps)
+    run.console.step(metrics, run.num_steps, run.last_f1)

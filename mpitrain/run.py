@@ -25,6 +25,7 @@ from mpitrain.errors import DataError, UsageError, on_all_ranks
 from mpitrain.files import user_path
 from mpitrain.metrics import Scores
 from mpitrain.model.cost import block_costs
+from mpitrain.observe.board import Board
 from mpitrain.observe.console import Console
 from mpitrain.observe.record import RunDirectory, new_run_directory
 from mpitrain.observe.stragglers import Stragglers
@@ -61,8 +62,10 @@ class Run:
     deadline: Deadline
     stragglers: Stragglers
     nodes: list[str]  # of all ranks, on rank 0
+    board: Board | None  # on rank 0, if asked for
     progress: Progress = field(default_factory=Progress)
     scores: dict[str, Scores] = field(default_factory=dict)  # by split, of the present weights
+    last_f1: float | None = None  # on dev, of the newest evaluation
     last_steps: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # seconds of each
 
     @property
@@ -78,9 +81,15 @@ class Run:
         self.stepper.reducer.close()
         self.saver.close()
         self.directory.release()
+        self._end_board()
+
+    def _end_board(self) -> None:
+        if self.board is not None:
+            self.board.close()
 
     def close(self) -> None:
         """Give threads, memory and communicators back (collective)."""
+        self._end_board()
         self.saver.close()
         self.stepper.close()
         self.place.close()
@@ -99,6 +108,8 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claim
     stepper = build_stepper(config, problem, place, console, num_steps=num_steps, peak=peak)
     say_plan(console, config, plan, num_steps, peak)
     directory = open_run_directory(comm, config, console, claimed)
+    wanted = comm.rank == 0 and config.log.tensorboard
+    board = attempt(comm, "opening event files", lambda: Board(directory.path / "tensorboard") if wanted else None)
     saver = Saver(place.mesh.world, directory.checkpoints, asynchronous=config.checkpoint.asynchronous)
     return Run(
         config=config,
@@ -115,6 +126,7 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claim
         deadline=await_deadline(comm, config, console),
         stragglers=watch_pace(place, problem),
         nodes=gather(comm, platform.node()),
+        board=board,
     )
 
 

@@ -184,6 +184,15 @@ class Runtime(Section):
     """steps between checks that replicas hold the same bits, and none changes until the next update; 0 is never"""
 
 
+class Log(Section):
+    """What is said and written down of a run besides its own files."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """what rank 0 says besides results: all; with debug also where each rank is, and every step with its parts"""
+    tensorboard: bool = False
+    """write event files for TensorBoard, too, in tensorboard/ of the run directory"""
+
+
 class Comm(Section):
     """How gradients travel."""
 

@@ -206,7 +206,9 @@ def evaluate_dev(run: Run) -> bool:
     if not score(run, "dev"):
         return False
     scores, _ = run.scores["dev"]
-    progress.evaluated_step = progress.step
+    progress.evaluated_step, run.last_f1 = progress.step, scores["f1_conlleval"]
+    if run.board is not None:
+        run.board.add_scores("dev", scores, progress.step)
     better = scores["f1_conlleval"] > progress.best_f1
     progress.evaluations_without_gain = 0 if better else progress.evaluations_without_gain + 1
     epoch = progress.step / run.plan.steps_per_epoch

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mpitrain.observe.terminal import terminal_width
 
 SECONDS_BETWEEN_LINES = 5.0  # where there is no bar
 SECONDS_BETWEEN_PICTURES = 0.1  # of the bar
+WIDE = 110  # columns from which on all numbers have room beside a bar
+LEVELS = ("debug", "info", "warning", "error")
+RECENT = 20  # steps that speed and shares are of: batches differ in size
+LEAST_SHARE = 0.005  # of a step that is worth a word
+PARTS = ("data", "forward_backward", "pipeline_wait", "reduce", "update", "save")  # of a step
 
 
 class _Unbreakable(RichConsole):
@@ -36,9 +42,13 @@ class _Unbreakable(RichConsole):
 class Console:
     """Rank 0's voice; on other ranks every method does nothing."""
 
-    def __init__(self, loud: bool, *, to_stderr: bool = False) -> None:
-        """Speak only if `loud`, that is on rank 0; on standard error where standard output carries results."""
-        self.loud = loud
+    def __init__(self, loud: bool, *, to_stderr: bool = False, level: str = "info") -> None:
+        """Speak only if `loud`, that is on rank 0; on standard error where standard output carries results.
+
+        Args:
+            level: of LEVELS, which may change later; what is shown, not said, is a result and has none.
+        """
+        self.loud, self.level = loud, level
         width = terminal_width() if loud and not to_stderr else None
         self._rich = _Unbreakable(
             stderr=to_stderr, quiet=not loud, highlight=False, soft_wrap=True, width=width, force_terminal=bool(width)
@@ -46,14 +56,26 @@ class Console:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._last_line = 0.0
+        self._recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT)
 
     def say(self, topic: str, text: str) -> None:
         """A line with its topic in front."""
-        self.show(Text.assemble((f"{topic:<9}", "bold"), text))
+        if self.hears("info"):
+            self.show(Text.assemble((f"{topic:<9}", "bold"), text))
+
+    def detail(self, topic: str, text: str) -> None:
+        """A line for who looks for a fault."""
+        if self.hears("debug"):
+            self.show(Text.assemble((f"{topic:<9}", "bold dim"), (text, "dim")))
 
     def warn(self, text: str) -> None:
         """A line that should not be overlooked."""
-        self.show(Text.assemble(("warning  ", "bold yellow"), text))
+        if self.hears("warning"):
+            self.show(Text.assemble(("warning  ", "bold yellow"), text))
+
+    def hears(self, level: str) -> bool:
+        """Whether what is of this level is said."""
+        return LEVELS.index(level) >= LEVELS.index(self.level)
 
     def show(self, renderable: Any) -> None:
         """A table, or any other thing that rich can draw."""
@@ -61,32 +83,53 @@ class Console:
 
     def start_steps(self, done: int, total: int) -> None:
         """Begin to show progress, from step `done` to `total`."""
-        if not (self.loud and self._rich.is_terminal):
+        if not (self.loud and self._rich.is_terminal and self.hears("info")):
             return
+        one_line = Column(no_wrap=True)
         columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
+            TextColumn("[bold]{task.description}", table_column=one_line),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            MofNCompleteColumn(table_column=one_line),
+            TextColumn("{task.fields[numbers]}", table_column=one_line),
+            TimeRemainingColumn(table_column=one_line),
         )
         # A thread that draws would use the processor, and so be taken for work (`runtime.watchdog`).
-        self._progress = Progress(*columns, console=self._rich, transient=True, auto_refresh=False)
+        self._progress = Progress(*columns, console=self._rich, transient=True, auto_refresh=False, expand=True)
         self._progress.start()
         self._task = self._progress.add_task("training", total=total, completed=done, numbers="")
 
-    def step(self, metrics: Mapping[str, Any], total: int) -> None:
-        """Show a finished step."""
-        numbers = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+    def step(self, metrics: Mapping[str, Any], total: int, f1: float | None) -> None:
+        """Show a finished step, and the last F1 on dev, if there is one."""
+        if not self.loud:
+            return
+        self._recent.append(metrics)
+        now = time.monotonic()
         if self._progress is not None and self._task is not None:
-            epoch = f"epoch {metrics['epoch'] + 1}"
+            wide = self._rich.width >= WIDE
+            epoch, numbers = f"epoch {metrics['epoch'] + 1}" if wide else "", self._numbers(f1, wide)
             self._progress.update(self._task, completed=metrics["step"], description=epoch, numbers=numbers)
-            if time.monotonic() - self._last_line > SECONDS_BETWEEN_PICTURES or metrics["step"] == total:
-                self._last_line = time.monotonic()
+            if now - self._last_line > SECONDS_BETWEEN_PICTURES or metrics["step"] == total:
+                self._last_line = now
                 self._progress.refresh()
-        elif self.loud and (time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or metrics["step"] == total):
-            self._last_line = time.monotonic()
+        elif now - self._last_line > SECONDS_BETWEEN_LINES or metrics["step"] == total or self.hears("debug"):
+            self._last_line = now
+            numbers = self._numbers(f1, wide=True)
             self.say("step", f"{metrics['step']:>6}/{total}  epoch {metrics['epoch'] + 1}  {numbers}")
+        parts = "  ".join(f"{part} {1e3 * metrics[part]:.3g}" for part in PARTS if part in metrics)
+        self.detail("", f"step {metrics['step']}, ms: {parts}")
+
+    def _numbers(self, f1: float | None, wide: bool) -> str:
+        """The last loss; the speed of recent steps, and shares of them in which rank 0 waits, where these tell."""
+
+        def recent(part: str) -> float:
+            return float(sum(metrics.get(part, 0.0) for metrics in self._recent))
+
+        found = [f"loss {self._recent[-1]['loss']:.4f}", *([f"F1 {f1:.4f}"] if f1 is not None else [])]
+        found += [f"{recent('tokens') / recent('seconds'):,.0f} {'tokens/s' if wide else 'tok/s'}"]
+        for name, part in (("bubble", "pipeline_wait"), ("reduce", "reduce")):
+            share = recent(part) / recent("seconds")
+            found += [f"{name} {share:.0%}"] if share >= LEAST_SHARE else []
+        return ("  " if wide else " ").join(found)
 
     def stop_steps(self) -> None:
         """Take the progress bar away."""
