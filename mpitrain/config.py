@@ -52,6 +52,8 @@ class Config(BaseSettings):
     """auto: from the newest checkpoint in the run directory, if any; none; or a run or checkpoint directory"""
     trace: Annotated[int, Field(ge=0)] = 0
     """record so many steps of each rank, after the first two of a start, in trace/trace.json of the run directory"""
+    machine: Path | None = None
+    """figures of a machine: plan takes them instead of measuring, a run is compared with what they foretell of it"""
     mesh: Mesh = Mesh()
     pipeline: Pipeline = Pipeline()
     train: Train = Train()

@@ -1,83 +1,146 @@
-"""`mpitrain plan`: which stage would hold what, how long it would idle and how much it would keep, before any run.
-
-Times are estimates from the number of operations of each block; on one machine they are in proportion to real ones.
-Nothing is known of the job's memory: a run for which it is short takes another mesh, unless one is asked for.
-"""
+"""`mpitrain plan`: which meshes have room for a job, how long a step takes on each, and what the stages of one hold."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
-from mpitrain.arrange import TYPICAL_LENGTH, Arrangement, arrange, name_blocks, read_table
+from mpitrain.arrange import name_blocks, read_table
 from mpitrain.config import Config
-from mpitrain.fit import block_sizes, state_bytes
-from mpitrain.model.card import ModelCard, resolve_model
+from mpitrain.dataset.loader import open_split
+from mpitrain.dataset.sequences import Sequences
+from mpitrain.errors import DataError, on_all_ranks
+from mpitrain.fit import block_sizes, gib, state_bytes
+from mpitrain.forecast import TERMS, Forecast, forecasts
+from mpitrain.gauge import gauge
+from mpitrain.machine import Load, Machine, kept_file, read_machine
+from mpitrain.model.card import ModelCard
 from mpitrain.model.cost import block_costs
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.draw import LEGEND, text, write
 from mpitrain.pipeline.messages import program
 from mpitrain.pipeline.prove import Proof, Times, play
-from mpitrain.problem import read_card
-from mpitrain.runtime.agree import Comm, together
+from mpitrain.problem import Problem, find_problem
+from mpitrain.runtime.agree import Comm, attempt, share, together
 from mpitrain.split import part
 
-NUM_LABELS = 9  # as in CoNLL-2003; the head is small
 COLUMNS = 96
+MOST_ROWS = 12
 
 
 def plan(comm: Comm, config: Config, console: Console, *, num_ranks: int, show_schedule: bool) -> None:
-    """Print the plan, and with `--out` draw the schedule as schedule.png and schedule.svg (collective).
+    """Print the meshes, best first, and the stages of the best (collective).
+
+    The machine's figures are those of `--machine`, or measured here by some steps of training; they are kept, for
+    the run to be compared with what was foretold. With `--out`, as machine.toml, too, and the schedule as schedule.png
+    and schedule.svg.
 
     Raises:
-        UsageError: mesh, layers and schedule do not fit each other, the ranks or the model.
+        UsageError: mesh, layers and schedule do not fit each other, the ranks or the model; or the machine's file.
     """
+    problem = find_problem(comm, config, console)
+    assert problem.info is not None and problem.directory is not None
+    split = open_split(comm, problem.directory, problem.info, "train")
+    if split is None or not len(split.index.lengths):
+        raise on_all_ranks(DataError(f"{problem.directory}: there is no train split; a plan is for training"))
+    load = Load(num_ranks, len(split.index.lengths), problem.mean_length)
+    machine = find_machine(comm, config, problem, split, num_ranks, console)
     with together(comm, "planning"):
         if comm.rank == 0:
-            card = read_card(resolve_model(config.model))
-            arrangement = arrange(num_ranks, config, card, NUM_LABELS, table=read_table(config))
-            num_micro_batches = part(0, config.train.micro_batches, arrangement.data)[1]
-            proof = prove(arrangement, card, num_micro_batches)
-            if config.pipeline.balance == "measured":
-                console.warn("--pipeline.balance measured is for runs; a plan splits the model by estimated cost")
-            _say(console, config, card, arrangement, proof, num_micro_batches)
+            num_labels, table = len(problem.label_names), read_table(config)
+            found = forecasts(machine, load, config, problem.card, num_labels, table)
+            console.show(table_of(config, load, found))
+            _say_best(console, config, load, found[0])
+            _say_stages(console, config, problem, found[0])
+            for file in [kept_file(config, num_ranks), *([config.out / "machine.toml"] if config.out else [])]:
+                machine.write(file)
             if show_schedule:
-                _show(console, config.out, arrangement, proof)
+                _show(console, config.out, found[0], problem, config)
 
 
-def prove(arrangement: Arrangement, card: ModelCard, num_micro_batches: int) -> Proof:
+def find_machine(
+    comm: Comm, config: Config, problem: Problem, split: Sequences, num_ranks: int, console: Console
+) -> Machine:
+    """Of `--machine`, or of this job; who plans on one rank means a job on its node (collective)."""
+    if config.machine is not None:
+        file = config.machine
+        told = attempt(comm, "reading --machine", lambda: read_machine(file).model_dump() if comm.rank == 0 else None)
+        return Machine(**share(comm, told))
+    console.say("measure", f"{config.model} on {comm.size} rank(s) here, some steps of each kind of mesh")
+    machine = gauge(comm, config, problem, split)
+    return machine.model_copy(update={"ranks_per_node": num_ranks} if comm.size == 1 else {})
+
+
+def table_of(config: Config, load: Load, found: Sequence[Forecast]) -> Table:
+    """A row for each mesh."""
+    title = f"{config.model} on {load.ranks:,} rank(s): a step of {config.train.batch_size} sequences, as foretold"
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold", title=title, title_justify="left"
+    )  # narrow, to fit 80 columns
+    table.add_column("mesh", no_wrap=True)
+    for name in ("GiB", "ms", *TERMS, "tok/s", "node-h"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in found[:MOST_ROWS]:
+        mesh, speed = each.arrangement, load.length * config.train.batch_size / each.seconds
+        times = (_ms(each.seconds), *(_ms(each.terms[term]) for term in TERMS))
+        row = [f"{mesh.data}x{mesh.pipe}x{mesh.tensor}", f"{each.need.expected / 2**30:,.3g}", *times]
+        row += [f"{speed:,.0f}", f"{each.node_hours:.3g}"]
+        table.add_row(*row, style="" if each.fits else "dim")
+    told = ["mesh: data x pipe x tensor; GiB of a rank; ms of a step, by terms; node-hours of an epoch"]
+    left = [f"{len(found) - MOST_ROWS} slower meshes are left out"] if len(found) > MOST_ROWS else []
+    dim = ["dim ones have no room in memory"] if not all(each.fits for each in found) else []
+    table.caption, table.caption_justify = "; ".join([*told, *left, *dim]), "left"
+    return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.1f}"
+
+
+def _say_best(console: Console, config: Config, load: Load, best: Forecast) -> None:
+    mesh = best.arrangement
+    console.say("mesh", f"{load.ranks} rank(s) = {mesh.shape}")
+    if not best.fits:
+        console.warn(
+            f"no mesh has room: this one needs {gib(best.need.expected)} of a rank; more ranks, fewer of them on a "
+            "node, more --train.micro_batches, or --train.recompute block would take less"
+        )
+    axes = f"--mesh.data {mesh.data} --mesh.pipe {mesh.pipe} --mesh.tensor {mesh.tensor}"
+    console.say("run", f"mpirun -np {load.ranks} python -m mpitrain --model {shlex.quote(config.model)} {axes}")
+
+
+def prove(best: Forecast, card: ModelCard, config: Config, problem: Problem) -> Proof:
     """Play the schedule, times in proportion to the cost of each chunk; all blocks, forward and backward, take 1."""
-    costs = block_costs(card, NUM_LABELS, TYPICAL_LENGTH)
+    arrangement = best.arrangement
+    costs = block_costs(card, len(problem.label_names), problem.mean_length)
     chunks = [sum(costs[first:last]) / sum(costs) for first, last in arrangement.chunks]
     times = Times([chunk / 3 for chunk in chunks], [2 * chunk / 3 for chunk in chunks], [chunk / 3 for chunk in chunks])
-    told = [program(arrangement.schedule, stage, num_micro_batches) for stage in range(arrangement.pipe)]
-    return play(told, num_micro_batches, placement=arrangement.schedule.placement, times=times, blocking_sends=False)
+    mine = part(0, config.train.micro_batches, arrangement.data)[1]
+    told = [program(arrangement.schedule, stage, mine) for stage in range(arrangement.pipe)]
+    return play(told, mine, placement=arrangement.schedule.placement, times=times, blocking_sends=False)
 
 
-def _say(
-    console: Console,
-    config: Config,
-    card: ModelCard,
-    arrangement: Arrangement,
-    proof: Proof,
-    num_micro_batches: int,
-) -> None:
-    num_ranks = arrangement.data * arrangement.pipe * arrangement.tensor
-    console.say("mesh", f"{num_ranks} rank(s) = {arrangement.shape}")
+def _say_stages(console: Console, config: Config, problem: Problem, best: Forecast) -> None:
+    arrangement, card, num_labels = best.arrangement, problem.card, len(problem.label_names)
+    proof = prove(best, card, config, problem)
+    num_micro_batches = part(0, config.train.micro_batches, arrangement.data)[1]
     console.say(
-        "plan",
-        f"{config.model}, {arrangement.schedule.name}, up to {num_micro_batches} micro-batches a replica and step; "
-        f"stages idle {proof.bubble:.1%} of the time",
+        "stages",
+        f"{arrangement.schedule.name}, up to {num_micro_batches} micro-batches a replica and step; "
+        f"idle {proof.bubble:.1%} of the time",
     )
+    if config.pipeline.balance == "measured":
+        console.warn("--pipeline.balance measured is for runs; a plan splits the model by estimated cost")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("stage", "blocks"):
         table.add_column(name)
     for name in ("parameters", "of all", "state GiB", "busy", "micro-batches kept"):
         table.add_column(name, justify="right")
-    sizes = block_sizes(card, NUM_LABELS, arrangement.tensor)
-    total = sum(block_sizes(card, NUM_LABELS))
+    sizes, total = block_sizes(card, num_labels, arrangement.tensor), sum(block_sizes(card, num_labels))
     for stage, chunks in enumerate(arrangement.stages):
         parameters = sum(sizes[block] for first, last in chunks for block in range(first, last))
         kept = f"{proof.peak_live[stage] / len(chunks):.3g}"
@@ -89,7 +152,8 @@ def _say(
     console.say("", "parameters and state (weights, gradients, optimizer) of each rank of a stage")
 
 
-def _show(console: Console, out: Path | None, arrangement: Arrangement, proof: Proof) -> None:
+def _show(console: Console, out: Path | None, best: Forecast, problem: Problem, config: Config) -> None:
+    arrangement, proof = best.arrangement, prove(best, problem.card, config, problem)
     placement = arrangement.schedule.placement
     console.show(Text(text(proof, placement, COLUMNS / proof.makespan if proof.makespan else 1.0)))
     console.show(Text(f"{LEGEND}{'; below: the chunk' if placement.num_chunks > 1 else ''}", style="dim"))

@@ -6,8 +6,12 @@ import math
 from typing import Any
 
 from mpitrain.dataset.batches import StepPlan
+from mpitrain.forecast import TERMS, step_terms
+from mpitrain.machine import Load
 from mpitrain.run import Run
 from mpitrain.step import StepResult
+
+WARM_UP = 2  # steps that are not like others
 
 
 def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, parts: dict[str, float]) -> None:
@@ -26,6 +30,8 @@ def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, pa
         "save": run.saver.take_seconds(),
         "work": float(result.work.mean()),
     }
+    if len(run.last_steps) > WARM_UP:
+        run.steady.append(metrics)
     if run.world.rank == 0:
         num_replicas, reproducible = run.place.mesh.num_replicas, run.config.train.reproducible
         costs = plan.replica_costs(num_replicas, reproducible=reproducible)
@@ -45,3 +51,28 @@ def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, pa
     if not result.updated:
         run.console.warn(f"step {plan.step + 1}: loss or gradient is not finite; all ranks skip this update")
     run.console.step(metrics, run.num_steps, run.last_f1)
+
+
+def compare_with_forecast(run: Run) -> None:
+    """Say what a step took on rank 0 and what was foretold of it, term by term, if the machine's figures are known."""
+    if run.machine is None or not run.steady:
+        return
+
+    def mean(part: str) -> float:
+        return float(sum(metrics[part] for metrics in run.steady)) / len(run.steady)
+
+    options, problem = run.config.train, run.problem
+    load = Load(run.world.size, len(run.splits["train"].index.lengths), mean("tokens") / options.batch_size)
+    arrangement, num_labels = run.place.arrangement, len(problem.label_names)
+    foretold = step_terms(run.machine, load, run.config, problem.card, num_labels, arrangement)
+    compute = mean("forward_backward") - mean("tensor")
+    took = dict(zip(TERMS, (compute, mean("pipeline_wait"), mean("tensor"), mean("reduce")), strict=False))
+    seconds = mean("seconds")
+    took["update"] = seconds - sum(took.values())
+    expected = sum(foretold.values())
+    run.console.say(
+        "forecast",
+        f"a step took {1e3 * seconds:.4g} ms, and {1e3 * expected:.4g} were foretold ({expected / seconds - 1:+.0%})",
+    )
+    terms = (f"{term} {1e3 * took[term]:.3g} ({1e3 * foretold[term]:.3g})" for term in TERMS)
+    run.console.say("", f"{', '.join(terms)} ms, of the mean of the last {len(run.steady)} steps")

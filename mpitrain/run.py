@@ -23,6 +23,7 @@ from mpitrain.dataset.loader import Split, open_split
 from mpitrain.dataset.sequences import Sequences
 from mpitrain.errors import DataError, UsageError, on_all_ranks
 from mpitrain.files import user_path
+from mpitrain.machine import Machine, known_machine
 from mpitrain.metrics import Scores
 from mpitrain.model.cost import block_costs
 from mpitrain.observe.board import Board
@@ -63,9 +64,11 @@ class Run:
     stragglers: Stragglers
     nodes: list[str]  # of all ranks, on rank 0
     board: Board | None  # on rank 0, if asked for
+    machine: Machine | None  # on rank 0, if its figures are known
     progress: Progress = field(default_factory=Progress)
     scores: dict[str, Scores] = field(default_factory=dict)  # by split, of the present weights
     last_f1: float | None = None  # on dev, of the newest evaluation
+    steady: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=10 * RECENT))  # metrics of steps
     last_steps: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # seconds of each
 
     @property
@@ -108,6 +111,7 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claim
     stepper = build_stepper(config, problem, place, console, num_steps=num_steps, peak=peak)
     say_plan(console, config, plan, num_steps, peak)
     directory = open_run_directory(comm, config, console, claimed)
+    machine = attempt(comm, "reading --machine", lambda: known_machine(config, comm.size) if comm.rank == 0 else None)
     wanted = comm.rank == 0 and config.log.tensorboard
     board = attempt(comm, "opening event files", lambda: Board(directory.path / "tensorboard") if wanted else None)
     saver = Saver(place.mesh.world, directory.checkpoints, asynchronous=config.checkpoint.asynchronous)
@@ -127,6 +131,7 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claim
         stragglers=watch_pace(place, problem),
         nodes=gather(comm, platform.node()),
         board=board,
+        machine=machine,
     )
 
 

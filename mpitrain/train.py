@@ -17,7 +17,7 @@ from mpitrain.files import user_path
 from mpitrain.metrics import is_plain
 from mpitrain.observe.console import Console, score_table
 from mpitrain.observe.record import RunDirectory
-from mpitrain.recording import record_step
+from mpitrain.recording import compare_with_forecast, record_step
 from mpitrain.resume import resume, save_checkpoint
 from mpitrain.run import Run, build
 from mpitrain.runtime.agree import Comm, collect, share, together
@@ -70,6 +70,7 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
             save_checkpoint(run)
             run.saver.finish()
             stopped = stopped or report_best(run)
+            compare_with_forecast(run)
             reach("end")
             run.close()
             comm.Barrier()  # a rank that fails until here has the last word in exit.json

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models
 from mpitrain.bench.facts import describe_machine, write
 from mpitrain.checkpoint.saver import Saver
 from mpitrain.config import Config
-from mpitrain.dataset.sequences import MemorySplit
+from mpitrain.dataset.sequences import MemorySplit, Sequences
 from mpitrain.errors import DataError, UsageError, on_all_ranks
 from mpitrain.model.card import ModelCard, resolve_model
 from mpitrain.observe.console import Console
@@ -77,7 +77,7 @@ def bench_step(
         steps: of a turn.
         await_turns: begin each turn when a line of standard input comes.
     """
-    work = Workload(comm, config, console, lengths, num_steps=WARM_UP + repeats * steps)
+    work = Workload.of_random_tokens(comm, config, console, lengths, num_steps=WARM_UP + repeats * steps)
     turns: list[Turn] = []
     for _ in range(repeats):
         if await_turns:
@@ -96,23 +96,33 @@ def bench_step(
 
 
 class Workload:
-    """Training on random tokens, ready to take turns; warmed up."""
+    """Training, ready to take turns; warmed up."""
 
-    def __init__(self, comm: Comm, config: Config, console: Console, lengths: Path | None, *, num_steps: int) -> None:
-        """Build model and mesh, and say what they are (collective); `num_steps` with those of the warm-up."""
-        self.config = config
-        self.problem = attempt(comm, "reading the model", lambda: _problem(config))
-        card = self.problem.card
+    @classmethod
+    def of_random_tokens(
+        cls, comm: Comm, config: Config, console: Console, lengths: Path | None, *, num_steps: int
+    ) -> Workload:
+        """For a model card, on sequences of these lengths (collective); see `read_lengths`."""
+        problem = attempt(comm, "reading the model", lambda: _problem(config))
+        card = problem.card
         found = attempt(comm, "reading lengths", lambda: read_lengths(lengths, card.max_position_embeddings))
-        self._split = _random_split(found, card)
+        work = cls(comm, config, console, problem, _random_split(found, card), num_steps=num_steps)
+        console.say(
+            "bench", f"{config.model}, batch {config.train.batch_size}, {config.train.precision}, random tokens"
+        )
+        return work
+
+    def __init__(
+        self, comm: Comm, config: Config, console: Console, problem: Problem, split: Sequences, *, num_steps: int
+    ) -> None:
+        """Build model and mesh, and say what they are (collective); `num_steps` with those of the warm-up."""
+        self.config, self.problem, self._split = config, problem, split
+        card = problem.card
         place = find_place(comm, config, self.problem, console)
         self.place = balance(place, config, self.problem, self._split, console)
         say_stages(console, self.place, card)
         peak = LEARNING_RATES["scratch"]
         self.stepper = build_stepper(config, self.problem, self.place, console, num_steps=num_steps, peak=peak)
-        console.say(
-            "bench", f"{config.model}, batch {config.train.batch_size}, {config.train.precision}, random tokens"
-        )
         self._plan, _ = make_plan(config, self.problem, {"train": self._split})
         self._numbers = count()
         self.run(WARM_UP)

@@ -65,7 +65,9 @@ def bench_train(
         repeats: turns.
         steps: of a turn.
     """
-    work = Workload(comm, config, console, lengths, num_steps=WARM_UP + repeats * steps + PROFILED_STEPS)
+    work = Workload.of_random_tokens(
+        comm, config, console, lengths, num_steps=WARM_UP + repeats * steps + PROFILED_STEPS
+    )
     card, device = work.problem.card, work.place.transport.device
     products = Products(card, DTYPES[config.train.precision], device)
     turns: list[Turn] = []

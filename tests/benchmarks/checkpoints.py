@@ -82,7 +82,7 @@ def main() -> None:
     folder = Path(share(world, tempfile.mkdtemp(prefix="checkpoints-", dir=options.folder) if world.rank == 0 else ""))
     settings = config.load(["--model", options.model, "--train.precision", "bf16"])
     console = Console(world.rank == 0)
-    work = Workload(world, settings, console, None, num_steps=10**6)
+    work = Workload.of_random_tokens(world, settings, console, None, num_steps=10**6)
     for name in ("at-once", "beside"):
         (folder / name).mkdir(exist_ok=True)
     at_once = Saver(world, folder / "at-once", asynchronous=False)

@@ -109,7 +109,7 @@ def main() -> None:
     settings = config.load([*flags, "--mesh.tensor", str(world.size)])
     console = Console(world.rank == 0)
     lengths = Path(__file__).with_name("lengths.txt")
-    work = Workload(world, settings, console, lengths, num_steps=10**6)
+    work = Workload.of_random_tokens(world, settings, console, lengths, num_steps=10**6)
     group, axis = work.place.group, Comm(work.place.mesh.tensor_axis.Dup())
     ways = {"ours": group, "MPI": ByMPI(group, axis), "all tokens": AllTokens(group, axis)}
     calls = {name: (way.gather_rows, way.scatter_sum) for name, way in ways.items()}
