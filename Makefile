@@ -13,7 +13,7 @@ BIN = $(VENV)/bin
 RESULTS = tests/benchmarks/results
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help run test exam test-gpu test-hosts lint bench clean
+.PHONY: help run test exam test-gpu test-hosts lint bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -54,6 +54,13 @@ bench: $(VENV)/.installed-dev  ## all-reduce, training, tagging beside others', 
 	$(BIN)/python tests/benchmarks/compare_pipeline.py --out $(RESULTS)
 	$(BIN)/python tests/benchmarks/compare_predict.py --out $(RESULTS)
 	if $(BIN)/python tests/support/hosts.py; then $(BIN)/python tests/benchmarks/network.py --out $(RESULTS); fi
+
+bench-gpu: $(VENV)/.installed-dev  ## training on a GPU by 1, 2, 4 ranks beside a Hugging Face loop, and by the fastest product
+	$(BIN)/python tests/benchmarks/compare_gpu.py --out $(RESULTS) $(ARGS)
+	for ranks in 1 2 4; do for model in bert-base-uncased bert-large-uncased; do \
+	  $(BIN)/mpirun -np $$ranks $(BIN)/python -m mpitrain bench train --model $$model --train.device cuda \
+	    --train.micro_batches $$ranks --train.batch_size 256 --train.precision bf16 --mesh.data $$ranks \
+	    --lengths tests/benchmarks/lengths.txt --repeats 5 --steps 10 --out $(RESULTS)/gpu-$$model || exit; done; done
 
 clean:  ## remove environments and caches; runs are kept
 	rm -rf .venv .venv-* dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -20,11 +20,12 @@ from turns import parser_of, take_turns
 
 def main() -> None:
     parser = parser_of(__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--width", type=int, help="pad all sentences to it, without bucketing")
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    model = model_of(options.model)
+    model = model_of(options.model).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=None if options.width else True)
     lengths = np.sort(np.repeat(*np.loadtxt(options.lengths, np.int64, unpack=True)))
     generator = np.random.default_rng(0)
@@ -38,15 +39,16 @@ def main() -> None:
             width = found.max()
         mask = torch.from_numpy((np.arange(width) < found[:, None]).astype(np.int64))
         tokens = torch.randint(0, model.config.vocab_size, mask.shape) * mask
+        tokens, mask = tokens.to(options.device), mask.to(options.device)
         labels = torch.where(mask == 1, tokens % NUM_LABELS, -100)
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16"):
             loss = model(tokens, attention_mask=mask, labels=labels).loss
         loss.backward()
         optimizer.step()
         return int(found.sum())
 
-    take_turns(step, options, 0, lambda: None)
+    take_turns(step, options, 0, torch.cuda.synchronize if options.device == "cuda" else lambda: None)
 
 
 if __name__ == "__main__":
