@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 
@@ -12,7 +11,7 @@ from mpitrain.arrange import arrange
 from mpitrain.bench.step import WARM_UP, Turn, Workload
 from mpitrain.config import Config
 from mpitrain.dataset.sequences import Sequences
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.fit import Room, block_sizes, need_of
 from mpitrain.forecast import step_terms
 from mpitrain.machine import Load, Machine
@@ -20,7 +19,7 @@ from mpitrain.model.cost import block_costs
 from mpitrain.observe.console import Console
 from mpitrain.problem import Problem
 from mpitrain.runtime.agree import Comm, collect
-from mpitrain.runtime.device import choose_device, node_of_each_rank, place_on_node
+from mpitrain.runtime.device import choose_device, node_of_each_rank, place_on_node, processors_of_node
 from mpitrain.runtime.memory import least_memory
 from mpitrain.split import part
 
@@ -39,11 +38,10 @@ def gauge(comm: Comm, config: Config, problem: Problem, split: Sequences) -> Mac
     device = choose_device(comm, config.train.device)
     room = Room(least_memory(comm, device), node_of_each_rank(comm), device.type == "cpu")
     on_node = max(collect(comm, place_on_node(comm)[1]))
-    processors = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0))
     machine = Machine(
         name=f"{comm.size} ranks on {len(set(room.nodes))} node(s) like {platform.node()}",
         ranks_per_node=on_node,
-        processors_per_node=max(collect(comm, processors)),
+        processors_per_node=processors_of_node(comm, device),
         memory_gib_per_node=room.num_bytes * on_node / 2**30,
         gflops=1.0,
     )
@@ -52,8 +50,8 @@ def gauge(comm: Comm, config: Config, problem: Problem, split: Sequences) -> Mac
     trial = _Trial(comm, config, problem, split, room)
     kinds = [mesh for mesh in _kinds(comm.size, room, problem.card.num_attention_heads) if trial.fits(mesh)]
     if not kinds:
-        raise UsageError(
-            "mesh: no mesh of one kind of axis has room in memory; give the machine's figures by --machine"
+        raise on_all_ranks(
+            UsageError("mesh: no mesh of one kind of axis has room in memory; give the machine's figures by --machine")
         )
     machine = _speeds(machine, load, trial, kinds[0])
     for mesh in kinds[1:]:
@@ -77,9 +75,10 @@ class _Trial:
         self._comm, self._split, self._room = comm, split, room
 
     def on(self, mesh: Mesh) -> Config:
-        """The configuration with this mesh, and stages by estimated cost."""
+        """The configuration with this mesh, and stages that need no measuring and no file."""
         axes = self.config.mesh.model_copy(update=dict(zip(("data", "pipe", "tensor"), mesh, strict=True)))
-        return self.config.model_copy(update={"mesh": axes})
+        pipeline = self.config.pipeline.model_copy(update={"schedule": "1f1b", "balance": "cost"})
+        return self.config.model_copy(update={"mesh": axes, "pipeline": pipeline})
 
     def fits(self, mesh: Mesh) -> bool:
         """Whether there is such a mesh, and room for it."""

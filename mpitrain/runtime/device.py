@@ -62,6 +62,15 @@ def node_of_each_rank(comm: Comm) -> list[int]:
     return collect(comm, first)
 
 
+def processors_of_node(comm: Comm, device: torch.device) -> int:
+    """How many GPUs, or cores, the ranks on the fullest node may use (collective)."""
+    node = Comm(comm.Split_type(MPI.COMM_TYPE_SHARED))
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    held = collect(node, [gpu] if gpu else sorted(os.sched_getaffinity(0)))
+    node.Free()
+    return int(max(collect(comm, len(set(chain(*held))))))
+
+
 @dataclass(frozen=True)
 class Cores:
     """Where this rank's threads run.

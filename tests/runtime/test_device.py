@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpitrain.runtime.agree import collect
-from mpitrain.runtime.device import share_cores
+from mpitrain.runtime.device import processors_of_node, share_cores
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,7 @@ MASKS = {
 def test_ranks_share_the_cores_that_they_have_in_common(comm, monkeypatch, name):
     first, second, threads, excess = MASKS[name]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: second if comm.rank else first)
+    assert processors_of_node(comm, torch.device("cpu")) == len(first | second)
     cores = share_cores(comm, None)
     assert cores.num_threads == torch.get_num_threads() == threads[comm.rank]
     assert (cores.excess, cores.crowded) == (0, name == "one core for all")  # a core for each, however they share
