@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpitrain import __version__, config
+from mpitrain import job as jobs
 from mpitrain.bench import command as bench
 from mpitrain.errors import ExitCode, MpitrainError, UsageError
 from mpitrain.runtime import launch
@@ -28,10 +29,11 @@ COMMANDS = {
     "export": "write a checkpoint as a directory that transformers loads",
     "inspect": "show what is in a shard directory or a checkpoint",
     "plan": "show what each stage would hold, and the schedule of the pipeline",
+    "job": "write a batch script for Slurm, PBS, LSF or Flux that trains until done",
     "report": "show where the time of a traced run went, and draw its pipeline",
     "bench": "time our all-reduce beside MPI's own and gloo's, training steps, or their parts",
 }
-OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", "--ranks", "--show-schedule", *bench.FLAGS}
+OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", "--ranks", "--show-schedule", *bench.FLAGS, *jobs.FLAGS}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,6 +63,8 @@ def command_parser(command: str) -> _Parser:
             "--ranks", type=bench.count, metavar="N", help="of the job; those that are here if not given"
         )
         parser.add_argument("--show-schedule", action="store_true", help="draw it; with --out also as PNG and SVG")
+    if command == "job":
+        jobs.add_arguments(parser, bench.count)
     if command == "bench":
         bench.add_arguments(parser)
     return parser
@@ -176,4 +180,6 @@ def flat(table: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
 def _read_arguments(command: str, arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     own, fields = split_arguments(arguments)
     options = command_parser(command).parse_args(own)
+    if command == "job":
+        options.fields = fields
     return options, config.load(fields, options.config)

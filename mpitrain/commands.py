@@ -165,6 +165,17 @@ def _plan(job: Job, options: argparse.Namespace, settings: Config) -> int:
     return ExitCode.DONE
 
 
+def _job(job: Job, options: argparse.Namespace, settings: Config) -> int:
+    from mpitrain.job import write_script
+    from mpitrain.runtime.agree import together
+    from mpitrain.runtime.launch import library_version
+
+    with together(job.world, "writing the job script"):
+        if job.world.rank == 0 and (told := write_script(options, settings, options.fields, library_version())):
+            job.console.say("job", told)
+    return ExitCode.DONE
+
+
 def _report(job: Job, options: argparse.Namespace, settings: Config) -> int:
     from mpitrain.report import report
 
@@ -201,6 +212,7 @@ HANDLERS: dict[str, Handler] = {
     "export": _export,
     "inspect": _inspect,
     "plan": _plan,
+    "job": _job,
     "report": _report,
     "bench": lambda job, options, settings: bench.run(job.world, options, settings, job.console),
 }

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Train under Flux, job after job until done: flux batch jobs/flux.sh [mpitrain's arguments]
+# `python -m mpitrain job --scheduler flux ...` writes this script with the lines of the site part filled in.
+
+# ---- site: what differs from cluster to cluster; # behind flux: is a line that is not in use ----
+#flux: --job-name=mpitrain
+#flux: --nodes=2
+#flux: --nslots=8
+#flux: --cores-per-slot=1
+#flux: # --gpus-per-slot=1
+#flux: # --bank=PROJECT
+#flux: # --queue=QUEUE
+#flux: --time-limit=7200s
+# So long before the end USR1 comes to the ranks (from Flux 0.51 on), and to this script too (from 0.73 on): one is as
+# good as two.
+#flux: --signal=USR1@180s
+#flux: --output=mpitrain-{{id}}.out
+
+set -euo pipefail
+# module load ...      # what was loaded when mpitrain was installed, unless flux passes the environment on (it does)
+python=python3        # of the environment that mpitrain is installed in
+data=sample           # what to train on, as --data has it
+run=runs/job          # everything the run writes, and what the next job goes on from
+local_disk=           # a directory on each node's own disk, to copy the shards to; empty: they stay where they are
+arguments=()          # mpitrain's other arguments
+nodes=2               # as above: these are for the ranks, those for the job
+ranks=8
+cores=1
+gpus=0                # of a rank
+
+launch=(flux run --nodes="$nodes" --ntasks="$ranks" --cores-per-task="$cores" -o cpu-affinity=per-task)
+[ "$gpus" -eq 0 ] || launch+=(--gpus-per-task="$gpus")
+once_per_node=(flux exec)
+# A new job of the same script, of which Flux runs a copy, $0; --parent: beside this job, not inside of it.
+again=(flux --parent batch "$0" "$@")
+
+# ---- the same in every scheduler's script ----
+case $python in */*) PATH=${python%/*}:$PATH ;; esac # an MPI from a wheel has its launcher beside Python
+export OMP_NUM_THREADS=$cores
+
+# One copy on each node, whole or not there, and of its own name for other data: thousands of ranks that read the same
+# files ask much of a shared file system. Signals end the job here, and no other start follows: one whose time is over
+# before the first step would come back for ever.
+if [ -n "$local_disk" ]; then
+    [ -f "$data/dataset.json" ] || { echo "error: local_disk is for prepared shards; $data holds none" >&2; exit 64; }
+    name=$(sha256sum <"$data/dataset.json")
+    # shellcheck disable=SC2016 # the nodes' shells expand this
+    "${once_per_node[@]}" bash -c '[ -f "$2/dataset.json" ] ||
+        { mkdir -p "${2%/*}" && cp -r "$1" "$2.$$" && mv -T "$2.$$" "$2"; } ||
+        { rm -rf "$2.$$" && [ -f "$2/dataset.json" ]; }' \
+        copy "$(realpath "$data")" "$local_disk/mpitrain-${name%% *}"
+    data=$local_disk/mpitrain-${name%% *}
+fi
+
+# In the background, because a shell minds signals only between commands and in `wait`.
+"${launch[@]}" "$python" -m mpitrain --data "$data" --out "$run" "${arguments[@]}" "$@" &
+launcher=$!
+trap 'kill -USR1 "$launcher" 2>/dev/null || true' USR1
+# A signal ends `wait` early, with a code of its own; the launcher's is what the last `wait` tells.
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done
+wait "$launcher" && code=0 || code=$?
+
+# 75 is a checkpoint and time for another start. All other codes end it: done (0), to be looked into (64, 65, 66, 70),
+# no progress in three starts (93), or the launcher's own.
+echo "job script: mpitrain has left with code $code" >&2
+[ "$code" -eq 75 ] || exit "$code"
+"${again[@]}" || echo "error: cannot be started again from here (${again[*]}); submit it once more by hand" >&2
+exit 75
