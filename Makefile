@@ -13,7 +13,7 @@ BIN = $(VENV)/bin
 RESULTS = tests/benchmarks/results
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help run test exam test-gpu test-hosts lint bench bench-gpu clean
+.PHONY: help run test exam test-gpu test-hosts test-slurm lint bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -31,6 +31,9 @@ test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU, on 1, 2 and 4 ra
 
 test-hosts: $(VENV)/.installed-dev  ## the tests on emulated hosts with a network between them; skipped without root
 	$(BIN)/python -m pytest -m hosts tests/hosts $(ARGS)
+
+test-slurm: $(VENV)/.installed-dev  ## the tests under a Slurm of their own; skipped without root, slurm-wlm and munge
+	$(BIN)/python -m pytest -m slurm tests/jobs $(ARGS)
 
 exam: $(VENV)/.installed-dev  ## kill, stop and damage runs; a table of what came of it; ROUNDS=50 SEED=1 for random instants
 	ROUNDS=$(ROUNDS) SEED=$(SEED) $(BIN)/python -m pytest tests/exam $(ARGS)
