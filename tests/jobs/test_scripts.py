@@ -123,6 +123,19 @@ def test_usr1_reaches_the_launcher_once_for_each_signal_and_its_own_code_is_what
 
 
 @EACH
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_that_is_cancelled_asks_for_no_other_start(tmp_path, scheduler, number):
+    act = Act(tmp_path, scheduler)
+    process = act.begin(act.script(), CODE="75", SIGNALS="1")
+    wait_for(lambda: len(list(tmp_path.glob("ready.*"))) == 4, process)
+    os.kill(process.pid, number)  # the shell first; its ranks may yet save and leave with 75
+    assert process.wait(20) == -number
+    os.killpg(process.pid, signal.SIGUSR1)
+    act.end(process)
+    assert len(act.asked()) == 1
+
+
+@EACH
 def test_words_with_blanks_quotes_and_lines_arrive_as_they_are(tmp_path, scheduler):
     act = Act(tmp_path, scheduler)
     script = act.script(arguments=QUOTED, data="'my shards'", run="'my run'")
