@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import chain, groupby
 
 import torch
 from mpi4py import MPI
 
 from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.runtime.agree import Comm, any_rank, collect, share
+from mpitrain.runtime.cores import are_crowded, ranges, shares
 from mpitrain.sections import MOST_THREADS
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
@@ -99,22 +97,14 @@ def share_cores(comm: Comm, threads: int | None) -> Cores:
     node = Comm(comm.Split_type(MPI.COMM_TYPE_SHARED))
     masks = collect(node, sorted(os.sched_getaffinity(0)))
     mine = masks[node.rank]
-    held = Counter(chain(*masks))
-    share = sum(Fraction(1, held[core]) for core in mine)
+    share = shares(masks)[node.rank]
     node.Free()
     told = os.environ.get("OMP_NUM_THREADS", "")  # job scripts say it there
     outermost = told.partition(",")[0].strip()  # others are for regions inside of parallel regions
     understood = outermost.isdigit() and 1 <= int(outermost) <= MOST_THREADS
     num_threads = threads or (int(outermost) if understood else max(1, int(share)))
     torch.set_num_threads(num_threads)
-    excess = sum(collect(comm, num_threads > max(1, share)))
-    binding = f"on core(s) {_ranges(mine)} of {os.cpu_count()}"
+    excess = sum(collect(comm, num_threads > 1 and num_threads > share))
+    binding = f"on core(s) {ranges(mine)} of {os.cpu_count()}"
     binding += "" if masks.count(mine) == len(masks) else ", others on others"
-    crowded = len(masks) > len(held) or masks.count(mine) > len(mine)
-    return Cores(num_threads, any_rank(comm, crowded), excess, binding, "" if understood else told)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """0-3, 8: runs of ascending numbers."""
-    runs = [list(run) for _, run in groupby(numbers, lambda number: number - numbers.index(number))]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return Cores(num_threads, any_rank(comm, are_crowded(masks)), excess, binding, "" if understood else told)
