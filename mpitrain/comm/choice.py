@@ -19,10 +19,11 @@ from mpitrain.comm.buckets import Bucket
 from mpitrain.comm.buffers import Transport
 from mpitrain.comm.exchange import Exchange, MessageExchange
 from mpitrain.comm.node import NodeExchange
-from mpitrain.comm.window import HEADROOM, SHARED_MEMORY, Layout, free_shared_memory
+from mpitrain.comm.window import HEADROOM, Layout
 from mpitrain.errors import UsageError, on_all_ranks
 from mpitrain.runtime.agree import Comm, collect
 from mpitrain.runtime.device import place_on_node
+from mpitrain.runtime.library import SHARED_MEMORY, free_shared_memory
 
 ALONE = "no two replicas on one node"
 

@@ -19,9 +19,10 @@ import torch
 from mpi4py import MPI
 
 from mpitrain.comm.buffers import Transport
-from mpitrain.comm.window import HEADROOM, PAGE, Flags, free_shared_memory
+from mpitrain.comm.window import HEADROOM, PAGE, Flags
 from mpitrain.runtime.agree import Comm, collect
 from mpitrain.runtime.device import place_on_node
+from mpitrain.runtime.library import free_shared_memory
 from mpitrain.split import part
 
 SLAB = 1 << 20  # bytes of a round, few enough to stay in caches until they are read

@@ -8,10 +8,8 @@ after `Win.Sync`, which orders memory accesses.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,17 +23,7 @@ PAGE = 4096
 FLAG_STRIDE = 8  # int64, a cache line
 FILLED, WRITTEN = KINDS = range(2)  # what flags count: buckets with gradients, rounds of weights
 
-
-SHARED_MEMORY = Path("/dev/shm")  # where MPICH and Open MPI keep windows
 HEADROOM = 64 << 20  # bytes left to others, MPI's own buffers among them
-
-
-def free_shared_memory() -> int | None:
-    """Bytes, or None where windows live elsewhere. Touching more than there is would kill the rank (SIGBUS)."""
-    if not SHARED_MEMORY.is_dir():
-        return None
-    status = os.statvfs(SHARED_MEMORY)
-    return status.f_bavail * status.f_frsize
 
 
 def pages(num_bytes: int) -> int:

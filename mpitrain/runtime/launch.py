@@ -23,12 +23,16 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from mpitrain.errors import ExitCode, MpitrainError, UsageError, code_of
+from mpitrain.errors import ExitCode, MpitrainError, code_of
+from mpitrain.runtime.library import Library, StartError, require_common_words, require_room, stranger, words_of
 
 # Who tells a rank, before MPI is initialised, how many there are, and which one it is.
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
+LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")  # on this node
+LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID")
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "MPI_LOCALRANKID", "SLURM_PROCID")
 SECONDS_TO_START, SECONDS_TO_LEAVE = 600, 60  # in which nobody watches but the kernel
+SECONDS_FOR_THE_FIRST = 5.0  # to speak for all, before the exit of another one has the launcher end it
 PR_SET_TIMERSLACK = 29
 # USR1 is the one signal that both MPICH's and Open MPI's mpirun pass on; TERM and INT are best effort.
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -59,43 +63,65 @@ class StopRequest:
         self.signals.append(signal.Signals(number).name)
 
 
-def import_mpi() -> Any:
-    """mpi4py's MPI module, initialised on import.
+def import_mpi(*, initialised: bool = True) -> Any:
+    """mpi4py's MPI module, initialised on import unless told otherwise.
 
     Raises:
-        UsageError: there is no usable MPI library; the message says how to get one.
+        StartError: there is no usable MPI library; the message says how to get one.
     """
     try:
+        import mpi4py
+
+        if not initialised:
+            mpi4py.rc(initialize=False, finalize=True)
         from mpi4py import MPI
     except (ImportError, RuntimeError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UsageError(
+        raise StartError(
+            "MPI",
             f"no MPI library can be loaded ({first}); on a cluster load its MPI module, "
-            "on a laptop: pip install 'mpitrain[mpich]'"
+            "on a laptop: pip install 'mpitrain[mpich]'",
         ) from None
     return MPI
 
 
-def start() -> Any:
+def start(*, wary: bool = False) -> Any:
     """COMM_WORLD of a sound launch, with hooks that end the whole job when one rank fails.
 
+    Args:
+        wary: look first whether MPI is likely to survive its start.
+
     Raises:
-        UsageError: no MPI library, a thread level below MPI_THREAD_MULTIPLE, or ranks that do not know of each other.
+        StartError: no MPI library, a thread level below MPI_THREAD_MULTIPLE, or ranks that do not know of each other.
     """
     nap_precisely()
     # Harmless where ranks have cores of their own; where they share them MPICH then yields while it waits.
     os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
     # Open MPI's windows by UCX complain on every rank; ours are in memory that a node shares, never by UCX.
     os.environ.setdefault("OMPI_MCA_osc", "^ucx")
-    mpi = import_mpi()
+    mpi = import_mpi(initialised=False)
+    num_ranks = announced(SIZE_VARIABLES) or 1
+    require_common_words(mpi, os.environ, num_ranks)
+    if wary:
+        require_room(mpi, announced(LOCAL_SIZE_VARIABLES) or num_ranks)
+    _initialise(mpi)
     install_abort_hooks(mpi.COMM_WORLD)
-    check_launch(mpi.COMM_WORLD.size)
+    check_launch(mpi.COMM_WORLD.size, mpi)
     if mpi.Query_thread() < mpi.THREAD_MULTIPLE:
-        raise UsageError(
+        raise StartError(
+            "threads",
             "MPI was initialised without MPI_THREAD_MULTIPLE, which reducing gradients in the background needs; "
-            "use an MPI library that grants it and unset MPI4PY_RC_THREAD_LEVEL"
+            "use an MPI library that grants it and unset MPI4PY_RC_THREAD_LEVEL",
         )
     return mpi.COMM_WORLD
+
+
+def _initialise(mpi: Any) -> None:
+    """As mpi4py does on import, with its settings."""
+    from mpi4py import rc
+
+    if not mpi.Is_initialized():
+        mpi.Init_thread(getattr(mpi, f"THREAD_{rc.thread_level.upper()}") if rc.threads else mpi.THREAD_SINGLE)
 
 
 def nap_precisely() -> None:
@@ -131,18 +157,14 @@ def start_of(pid: int) -> int | None:
 
 def library_version() -> str:
     """Name and version of the MPI library in a few words."""
-    first = import_mpi().Get_library_version().replace("\x00", "").splitlines()[0]
-    return " ".join(first.split(",")[0].replace("Version:", "").split())
+    return words_of(import_mpi().Get_library_version().replace("\x00", ""))
 
 
-def check_launch(world_size: int) -> None:
+def check_launch(world_size: int, mpi: Any) -> None:
     """Refuse N independent runs of one rank each: the launcher and the MPI library are of different families."""
     expected = announced(SIZE_VARIABLES)
     if expected is not None and expected > 1 and world_size == 1:
-        raise UsageError(
-            f"the launcher started {expected} ranks, but MPI sees a world of 1: the launcher and the MPI library that "
-            "mpi4py loaded do not belong together; use the mpirun of that library (under Slurm: another --mpi)"
-        )
+        raise stranger(Library.of(mpi), os.environ, expected, "MPI sees a world of 1")
 
 
 def install_abort_hooks(world: Any) -> None:

@@ -85,5 +85,5 @@ def test_a_rank_that_never_comes_to_the_start_ends_the_job(reference: Exam, told
     script = reference.place / "late.py"
     script.write_text(LATE)
     done = reference.begin(2, "never", str(script)).end()
-    assert done.returncode != 0 and "in import_mpi" in done.stderr, done.stderr
+    assert done.returncode != 0 and "in _initialise" in done.stderr, done.stderr
     told("a rank asleep before MPI starts", f"its stack, exit code {done.returncode}")

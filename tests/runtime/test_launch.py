@@ -36,19 +36,37 @@ def _hooks_as_before(monkeypatch) -> None:
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 
 
+def fake_mpi(size: int, level: int) -> SimpleNamespace:
+    """As of a library that is initialised with a level of threads when it is asked to be."""
+    world = SimpleNamespace(size=size, rank=0, Abort=lambda code: None)
+    levels = {f"THREAD_{name}": number for number, name in enumerate(("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE"))}
+    asked: list[int] = []
+    return SimpleNamespace(
+        COMM_WORLD=world,
+        Is_initialized=lambda: bool(asked),
+        Init_thread=asked.append,
+        Query_thread=lambda: min(asked[0], level),
+        Get_library_version=lambda: "MPICH Version: 5.0.2\nMPICH ABI: 18:2:6",
+        Get_version=lambda: (5, 0),
+        __file__="MPI.mpich.so",
+        **levels,
+    )
+
+
 def test_without_a_launcher_nothing_is_announced():
     assert launch.announced(launch.SIZE_VARIABLES) is None
-    launch.check_launch(1)
+    launch.check_launch(1, fake_mpi(1, 3))
 
 
 @pytest.mark.parametrize("variable", launch.SIZE_VARIABLES)
 def test_ranks_that_do_not_know_of_each_other_are_refused(monkeypatch, variable):
+    mpi = fake_mpi(1, 3)
     monkeypatch.setenv(variable, "4")
-    launch.check_launch(4)
-    with pytest.raises(UsageError, match="started 4 ranks, but MPI sees a world of 1"):
-        launch.check_launch(1)
+    launch.check_launch(4, mpi)
+    with pytest.raises(UsageError, match=r"started 4 ranks, but MPI sees a world of 1: .*\(MPICH 5.0.2"):
+        launch.check_launch(1, mpi)
     monkeypatch.setenv(variable, "1")
-    launch.check_launch(1)
+    launch.check_launch(1, mpi)
 
 
 def test_a_variable_that_is_no_number_says_nothing(monkeypatch):
@@ -85,18 +103,25 @@ def test_without_an_mpi_library_the_message_says_how_to_get_one(monkeypatch):
         launch.import_mpi()
 
 
-def fake_mpi(size: int, level: int) -> SimpleNamespace:
-    world = SimpleNamespace(size=size, rank=0, Abort=lambda code: None)
-    return SimpleNamespace(COMM_WORLD=world, Query_thread=lambda: level, THREAD_MULTIPLE=3)
+@pytest.mark.usefixtures("_hooks_as_before")
+def test_a_start_needs_threads_that_may_all_call_mpi(monkeypatch):
+    monkeypatch.setattr(launch, "import_mpi", lambda **told: fake_mpi(2, 3))
+    assert launch.start().size == 2
+    monkeypatch.setattr(launch, "import_mpi", lambda **told: fake_mpi(2, 1))
+    with pytest.raises(UsageError, match="MPI_THREAD_MULTIPLE"):
+        launch.start()
 
 
 @pytest.mark.usefixtures("_hooks_as_before")
-def test_a_start_needs_threads_that_may_all_call_mpi(monkeypatch):
-    monkeypatch.setattr(launch, "import_mpi", lambda: fake_mpi(2, 3))
-    assert launch.start().size == 2
-    monkeypatch.setattr(launch, "import_mpi", lambda: fake_mpi(2, 1))
-    with pytest.raises(UsageError, match="MPI_THREAD_MULTIPLE"):
-        launch.start()
+def test_mpi4pys_settings_of_threads_hold(monkeypatch):
+    import mpi4py
+
+    monkeypatch.setattr(launch, "import_mpi", lambda **told: fake_mpi(2, 3))
+    for name, value in {"thread_level": "serialized", "threads": False}.items():
+        with monkeypatch.context() as changed:
+            changed.setattr(mpi4py.rc, name, value)
+            with pytest.raises(UsageError, match="MPI_THREAD_MULTIPLE"):
+                launch.start()
 
 
 @pytest.mark.parametrize(
