@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -99,15 +99,15 @@ def bench_allreduce(comm: Comm, console: Console, *, sizes: Sequence[int], repea
 
 def _measure(comm: Comm, transport: Transport, dtype: str, size: int, repeats: int) -> list[Row]:
     values = torch.empty(size // DTYPES[dtype].itemsize, dtype=DTYPES[dtype])
-    with _contenders(comm, transport, values) as contenders:
-        for name, contender in contenders.items():
+    with contenders(comm, transport, values) as found:
+        for name, contender in found.items():
             _check(comm, name, contender)
-        names = list(contenders)
+        names = list(found)
         seconds = np.empty((repeats, len(names)))
         generator = np.random.default_rng(0)  # the same on all ranks
         for repeat in range(-WARM_UP, repeats):
             for number in generator.permutation(len(names)):
-                elapsed = _seconds(comm, contenders[names[number]])
+                elapsed = _seconds(comm, found[names[number]])
                 if repeat >= 0:
                     seconds[repeat, number] = elapsed
     quartiles = np.percentile(seconds, [25, 50, 75], axis=0).T.tolist()
@@ -129,26 +129,54 @@ def _seconds(comm: Comm, contender: Contender) -> float:
 
 
 def _check(comm: Comm, name: str, contender: Contender) -> None:
-    whole = torch.arange(contender.values.numel()).remainder_(7)
+    right = is_right(comm, contender)
+    with together(comm, f"checking {name}"):
+        if not right:
+            raise RuntimeError(f"{name} summed {contender.values.numel():,} elements wrongly")
+
+
+def is_right(comm: Comm, contender: Contender) -> bool:
+    """Whether this rank finds the right sum (collective)."""
+    whole = torch.arange(contender.values.numel(), device=contender.values.device).remainder_(7)
     factors = [2, *(1 - 2 * (rank % 2) for rank in range(1, comm.size))]  # neighbours' sums are -1 to 2: exact in bf16
     contender.values.copy_(whole * factors[comm.rank])
     contender.run()
     found = contender.whole_sum()
-    with together(comm, f"checking {name}"):
-        if not torch.equal(found, (whole * sum(factors)).to(found.dtype)):
-            raise RuntimeError(f"{name} summed {whole.numel():,} elements wrongly")
+    return torch.equal(found, (whole * sum(factors)).to(found.dtype))
 
 
 @contextmanager
-def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Iterator[dict[str, Contender]]:
-    """By name: `node`, `ring` and `native` are ours, ring16 has bf16 on the wire.
+def contenders(
+    comm: Comm, transport: Transport, values: torch.Tensor, *, node: bool = True
+) -> Iterator[dict[str, Contender]]:
+    """By name: `node`, `ring` and `native` are ours, ring16 has bf16 on the wire (collective).
 
-    The node algorithm's input is in the window, where training produces it.
+    The node algorithm's input is in the window, where training produces it. On a GPU there are rings alone.
+
+    Raises:
+        UsageError: `node` is wanted, and there is no room in shared memory.
     """
 
     def in_place(reduce: Callable[[], Any]) -> Contender:
         return Contender(values, reduce, lambda: values)
 
+    found: dict[str, Contender] = {}
+    with _node_exchange(comm, transport, values) if node else nullcontext() as shared:
+        if shared is not None:
+            found["node"] = _by_node(comm, *shared, values.numel())
+        found["ring"] = in_place(ring.AllReduce(comm, values, transport))
+        if values.dtype == torch.float32:
+            found["ring16"] = in_place(ring.AllReduce(comm, values, transport, torch.bfloat16))
+        if values.dtype == torch.float32 and values.device.type == "cpu":
+            found["native"] = in_place(lambda: _by_native(comm, values, transport))
+            found["MPI"] = in_place(lambda: native.all_reduce(comm, values))
+        if dist.is_initialized():
+            found["gloo"] = in_place(lambda: dist.all_reduce(values))
+        yield found
+
+
+@contextmanager
+def _node_exchange(comm: Comm, transport: Transport, values: torch.Tensor) -> Iterator[tuple[Exchange, Bucket]]:
     bucket = Bucket([("values", torch.nn.Parameter(torch.zeros(values.shape, dtype=values.dtype)))])
     try:
         exchange, _ = choose_exchange(comm, comm, transport, [bucket], values.dtype, algorithm="node", overlapped=False)
@@ -156,24 +184,16 @@ def _contenders(comm: Comm, transport: Transport, values: torch.Tensor) -> Itera
         size = values.nbytes >> 10
         raise on_all_ranks(UsageError(f"--kib {size}: smaller sizes would work ({error})")) from None
     exchange.wants_squares = False  # others are not asked for a norm either
-    found = {"node": _by_node(comm, exchange, bucket)}
-    found["ring"] = in_place(ring.AllReduce(comm, values, transport))
-    if values.dtype == torch.float32:
-        found["ring16"] = in_place(ring.AllReduce(comm, values, transport, torch.bfloat16))
-        found["native"] = in_place(lambda: _by_native(comm, values, transport))
-        found["MPI"] = in_place(lambda: native.all_reduce(comm, values))
-    if dist.is_initialized():
-        found["gloo"] = in_place(lambda: dist.all_reduce(values))
-    yield found
+    yield exchange, bucket
     exchange.close()
 
 
-def _by_node(comm: Comm, exchange: Exchange, bucket: Bucket) -> Contender:
+def _by_node(comm: Comm, exchange: Exchange, bucket: Bucket, size: int) -> Contender:
     def publish() -> torch.Tensor:
         for piece in bucket.pieces:
             piece.weights.copy_(piece.gradients)
         exchange.spread()
-        return bucket.weights
+        return bucket.weights[:size]  # a bucket ends with padding
 
     def run() -> None:
         exchange.reduce(0)
@@ -181,7 +201,7 @@ def _by_node(comm: Comm, exchange: Exchange, bucket: Bucket) -> Contender:
 
     # Between hosts weights are sent, not sums; on one host sums can be read where they are.
     spread = publish if _num_hosts(comm) > 1 else exchange.spread
-    return Contender(bucket.gradients, run, publish)
+    return Contender(bucket.gradients[:size], run, publish)
 
 
 def _by_native(comm: Comm, values: torch.Tensor, transport: Transport) -> None:

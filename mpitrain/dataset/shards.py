@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -139,12 +140,7 @@ def write_shard(
         "words": encoded.words.astype("<i4"),
         "sentences": (encoded.sentences + first_sentence).astype("<i8"),
     }
-    with Sink(path, "w+") as sink:
-        with h5py.File(sink, "w") as file:
-            for name, array in arrays.items():
-                file.create_dataset(name, data=array, track_times=False)  # a time would make each run's bytes differ
-        sink.check()
-    sync(path)
+    write_arrays(path, arrays)
     return ShardEntry(
         file=path.name,
         sequences=len(encoded.words),
@@ -153,6 +149,16 @@ def write_shard(
         words=int(encoded.words.sum()),
         sha256=file_hash(path),
     )
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write them into a new file, as `hdf5.map_arrays` reads them, durably."""
+    with Sink(path, "w+") as sink:
+        with h5py.File(sink, "w") as file:
+            for name, array in arrays.items():
+                file.create_dataset(name, data=array, track_times=False)  # a time would make each run's bytes differ
+        sink.check()
+    sync(path)
 
 
 def verify_dataset(comm: Comm, directory: Path, info: DatasetInfo) -> None:
