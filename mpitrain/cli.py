@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,6 +18,7 @@ from mpitrain import job as jobs
 from mpitrain.bench import command as bench
 from mpitrain.errors import ExitCode, MpitrainError, UsageError
 from mpitrain.runtime import launch
+from mpitrain.runtime.library import StartError
 
 if TYPE_CHECKING:
     from mpitrain.commands import Job
@@ -28,12 +31,14 @@ COMMANDS = {
     "predict": "tag a file, or standard input, with a checkpoint",
     "export": "write a checkpoint as a directory that transformers loads",
     "inspect": "show what is in a shard directory or a checkpoint",
+    "doctor": "check MPI, cores, memory, GPUs, files and network, before a long run",
     "plan": "show what each stage would hold, and the schedule of the pipeline",
     "job": "write a batch script for Slurm, PBS, LSF or Flux that trains until done",
     "report": "show where the time of a traced run went, and draw its pipeline",
     "bench": "time our all-reduce beside MPI's own and gloo's, training steps, or their parts",
 }
-OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", "--ranks", "--show-schedule", *bench.FLAGS, *jobs.FLAGS}
+OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", "--ranks", "--show-schedule", "--json"}
+OWN_FLAGS |= {*bench.FLAGS, *jobs.FLAGS}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,6 +63,8 @@ def command_parser(command: str) -> _Parser:
         parser.add_argument("input", metavar="INPUT", help="CoNLL or plain text (one sentence a line); - is stdin")
         parser.add_argument("--format", choices=["auto", "conll", "text"], default="auto", help="of the input")
         parser.add_argument("--to", choices=["conll", "jsonl"], default="conll", help="of the output")
+    if command == "doctor":
+        parser.add_argument("--json", action="store_true", help="one document, for a ticket, on standard output")
     if command == "plan":
         parser.add_argument(
             "--ranks", type=bench.count, metavar="N", help="of the job; those that are here if not given"
@@ -95,11 +102,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         stop.listen()  # from the first moment: a signal while libraries load must not kill the job
     launch.die_unless_done_in(launch.SECONDS_TO_START)
     try:
-        world = launch.start()
-    except UsageError as error:
-        if launch.announced(launch.RANK_VARIABLES) in (None, 0):
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(error.code)
+        world = launch.start(wary=command == "doctor")
+    except StartError as error:
+        refuse(error, command, arguments)
     try:
         from mpitrain.commands import Job
         from mpitrain.observe.console import Console
@@ -107,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
         watch = Watch(world, lambda error: launch.abort(world, error, None))
         launch.die_unless_done_in(0)
-        job = Job(world, watch, Console(world.rank == 0, to_stderr=command == "predict"), stop, arguments)
+        to_stderr = command == "predict" or "--json" in arguments  # whose results are on standard output
+        job = Job(world, watch, Console(world.rank == 0, to_stderr=to_stderr), stop, arguments)
         code = run(job, command)
         patience = job.watch.hang_timeout
         launch.die_unless_done_in(max(patience, launch.SECONDS_TO_LEAVE) if patience else 0)
@@ -115,6 +121,21 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except BaseException as error:  # SystemExit too: the other ranks would wait for this one
         launch.abort(world, error, error.__traceback__)
     launch.finish(job.world, code)
+
+
+def refuse(error: StartError, command: str, arguments: list[str]) -> NoReturn:
+    """Leave before ranks know of each other: the launcher's first rank speaks for all, and a node's for the node."""
+    if launch.announced(launch.RANK_VARIABLES) not in (None, 0):
+        if error.of_node and launch.announced(launch.LOCAL_RANK_VARIABLES) == 0:
+            print(f"error on {platform.node()}: {error}", file=sys.stderr)  # noqa: T201
+        time.sleep(launch.SECONDS_FOR_THE_FIRST)
+    elif command == "doctor":
+        from mpitrain.doctor.report import report_refusal
+
+        report_refusal(error, error.part, as_json="--json" in arguments)
+    else:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    sys.exit(error.code)
 
 
 def answer_without_mpi(command: str, arguments: list[str]) -> int:
@@ -153,7 +174,8 @@ def run(job: Job, command: str) -> int:
         options, settings = attempt(world, "reading the configuration", lambda: _read_arguments(command, job.arguments))
         told = {"command": command, **vars(options), **flat(settings.model_dump(mode="json"))}
         require_same(world, "settings", {key: str(value) for key, value in told.items()})
-        require_same(world, "the program", attempt(world, "looking at the program", program))
+        if command != "doctor":  # which tells it as one of its findings
+            require_same(world, "the program", attempt(world, "looking at the program", program))
         job.watch.hang_timeout = settings.runtime.hang_timeout
         job.console.level = settings.log.level
         job.watch.survives = settings.runtime.on_failure == "shrink"

@@ -156,6 +156,14 @@ def _inspect(job: Job, options: argparse.Namespace, settings: Config) -> int:
     return ExitCode.DONE
 
 
+def _doctor(job: Job, options: argparse.Namespace, settings: Config) -> int:
+    from mpitrain.doctor.command import HANG_TIMEOUT, doctor
+
+    if "hang_timeout" not in settings.runtime.model_fields_set:
+        job.watch.hang_timeout = HANG_TIMEOUT
+    return doctor(job.world, settings, job.console, as_json=options.json)
+
+
 def _plan(job: Job, options: argparse.Namespace, settings: Config) -> int:
     from mpitrain.plan import plan
 
@@ -211,6 +219,7 @@ HANDLERS: dict[str, Handler] = {
     "predict": _predict,
     "export": _export,
     "inspect": _inspect,
+    "doctor": _doctor,
     "plan": _plan,
     "job": _job,
     "report": _report,

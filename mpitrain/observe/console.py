@@ -58,6 +58,11 @@ class Console:
         self._last_line = 0.0
         self._recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT)
 
+    @property
+    def width(self) -> int:
+        """Columns of the terminal; 80 where there is none."""
+        return self._rich.width
+
     def say(self, topic: str, text: str) -> None:
         """A line with its topic in front."""
         if self.hears("info"):

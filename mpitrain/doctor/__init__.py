@@ -1,0 +1,1 @@
+"""Is this MPI healthy, before it burns hours."""
