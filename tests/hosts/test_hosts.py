@@ -63,6 +63,20 @@ def test_training_over_hosts_gives_the_numbers_of_one_rank_and_shares_memory_ins
         assert found["why"] == "ring: messages between all replicas (no two replicas on one node)"
 
 
+def test_doctor_finds_a_slow_network_and_a_directory_that_hosts_do_not_share(hosts, tmp_path):
+    words = ("-m", "mpitrain", "doctor", "--json", "--out", "/dev/shm/run")  # of each host its own
+    done = finish(begin(hosts.command((2, 1), *words, cwd=tmp_path), tmp_path), LIMIT)
+    assert done.returncode == 64, done.stdout + done.stderr
+    document = json.loads(done.stdout)
+    checks = {check["check"]: check for check in document["checks"]}
+    assert [name for name, check in checks.items() if check["verdict"] == "bad"] == ["run directory"]
+    seen, (link,) = checks["run directory"]["facts"]["seen"], checks["network link"]["facts"]["links"]
+    assert seen == [True, True, False] and "rank 2 on host2 does not see" in checks["run directory"]["found"]
+    assert link["ranks"] == [0, 2] and 0.2e8 < link["bandwidth"] < 1.3e8, "of 1.25e8 bytes a second"
+    assert checks["network link"]["verdict"] == "warn" or checks["cores"]["verdict"] == "warn"
+    assert checks["node link"]["facts"]["links"][0]["ranks"] == [0, 1]
+
+
 def test_ranks_of_two_hosts_share_no_layers_unless_that_is_asked_for(hosts, tmp_path):
     program = ("-m", "mpitrain", *make_tiny(tmp_path), "--train.max_steps", "2", "--mesh.tensor", "2")
     done = finish(begin(hosts.command((1, 1), *program, "--out", "refused", cwd=tmp_path), tmp_path), LIMIT)
