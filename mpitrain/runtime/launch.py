@@ -32,7 +32,7 @@ LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PMI_LO
 LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID")
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "MPI_LOCALRANKID", "SLURM_PROCID")
 SECONDS_TO_START, SECONDS_TO_LEAVE = 600, 60  # in which nobody watches but the kernel
-SECONDS_FOR_THE_FIRST = 5.0  # to speak for all, before the exit of another one has the launcher end it
+SECONDS_FOR_THE_FIRST = 10.0  # to speak for all, before the exit of another one has the launcher end it
 PR_SET_TIMERSLACK = 29
 # USR1 is the one signal that both MPICH's and Open MPI's mpirun pass on; TERM and INT are best effort.
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -103,7 +103,7 @@ def start(*, wary: bool = False) -> Any:
     num_ranks = announced(SIZE_VARIABLES) or 1
     require_common_words(mpi, os.environ, num_ranks)
     if wary:
-        require_room(mpi, announced(LOCAL_SIZE_VARIABLES) or num_ranks)
+        require_room(mpi, announced(LOCAL_SIZE_VARIABLES) or 1)
     _initialise(mpi)
     install_abort_hooks(mpi.COMM_WORLD)
     check_launch(mpi.COMM_WORLD.size, mpi)

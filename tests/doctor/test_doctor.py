@@ -24,17 +24,17 @@ USAGE, FAULT = 64, 70
 NO_HANG = 30  # seconds in which all processes must be gone
 IS_MPICH = "MPICH" in library_version()
 
-# As launchers do, it ends all ranks when one has failed.
+# As launchers do, it ends all ranks when one has failed; and the first comes last.
 LAUNCHER = """
 import os, subprocess, sys, time
 variables, line = dict(word.split("=", 1) for word in sys.argv[2].split()), sys.argv[3:]
 ranks = []
-for rank in range(int(sys.argv[1])):
+for rank in reversed(range(int(sys.argv[1]))):
+    time.sleep(2 * (rank == 0))
     told = {name: value.replace("RANK", str(rank)) for name, value in variables.items()}
     ranks.append(subprocess.Popen(line, env=os.environ | told))
 while not any(rank.poll() for rank in ranks) and any(rank.poll() is None for rank in ranks):
     time.sleep(0.05)
-time.sleep(0.5)
 for rank in ranks:
     rank.terminate()
 sys.exit(max(rank.wait() for rank in ranks))
