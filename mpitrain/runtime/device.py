@@ -6,6 +6,7 @@ import ctypes
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from mpi4py import MPI
