@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 from mpitrain.arrange import Arrangement, arrange
 from mpitrain.config import Config
@@ -48,6 +49,13 @@ class Forecast:
     def seconds(self) -> float:
         """Of a step."""
         return sum(self.terms.values())
+
+    def document(self) -> dict[str, Any]:
+        """For programs."""
+        mesh, need = self.arrangement, self.need.expected
+        axes = {"data": mesh.data, "pipe": mesh.pipe, "tensor": mesh.tensor}
+        told = {"seconds": self.seconds, "terms": self.terms, "node_hours": self.node_hours}
+        return axes | {"bytes_of_a_rank": need, "fits": self.fits} | told
 
 
 def forecasts(

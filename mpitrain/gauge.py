@@ -23,7 +23,8 @@ from mpitrain.runtime.device import choose_device, node_of_each_rank, place_on_n
 from mpitrain.runtime.memory import least_memory
 from mpitrain.split import part
 
-STEPS = 4  # that are timed of each mesh
+STEPS = 2  # of a turn
+TURNS = 5  # on each mesh, of which the median one counts: others may want the machine now and then
 HALVINGS = 40
 LONGEST = 1e5  # us, of a message or an exchange
 Mesh = tuple[int, int, int]
@@ -33,7 +34,8 @@ def gauge(comm: Comm, config: Config, problem: Problem, split: Sequences) -> Mac
     """Train for some steps with replicas alone, stages alone, and ranks that share layers, as far as these fit.
 
     What replicas alone take gives the speed of passes, sums and updates; what the others take beyond that is laid on
-    their messages. Figures that need several ranks, or nodes, stay those of `Machine` without them (collective).
+    their messages. Figures that need several ranks, or nodes, stay those of `Machine` without them (collective); all
+    others are by each rank's own clock, those of rank 0 are the ones to use.
     """
     device = choose_device(comm, config.train.device)
     room = Room(least_memory(comm, device), node_of_each_rank(comm), device.type == "cpu")
@@ -92,12 +94,14 @@ class _Trial:
         return need.expected <= self._room.num_bytes
 
     def run(self, mesh: Mesh) -> Turn:
-        """Some steps (collective)."""
+        """Some turns, of which the median one by this rank's clock counts (collective)."""
         config = self.on(mesh)
-        work = Workload(self._comm, config, Console(False), self.problem, self._split, num_steps=WARM_UP + STEPS)
-        turn = work.run(STEPS)
+        work = Workload(
+            self._comm, config, Console(False), self.problem, self._split, num_steps=WARM_UP + TURNS * STEPS
+        )
+        turns = [work.run(STEPS) for _ in range(TURNS)]
         work.close()
-        return turn
+        return sorted(turns, key=lambda turn: turn.seconds / turn.tokens)[TURNS // 2]
 
     def expect(self, machine: Machine, load: Load, mesh: Mesh) -> dict[str, float]:
         """Terms of a step."""
@@ -115,9 +119,8 @@ def _speeds(machine: Machine, load: Load, trial: _Trial, mesh: Mesh) -> Machine:
     fullest = part(0, options.micro_batches, mesh[0])[1] / options.micro_batches
     threads = torch.get_num_threads()
     computed = turn.stages[0] if threads == 1 and not torch.cuda.is_available() else turn.parts["forward_backward"]
-    per_processor = (
-        turn.tokens * fullest * costs / computed / max(1, machine.processors_per_node // machine.ranks_per_node)
-    )
+    processors = max(1, machine.processors_per_node // machine.ranks_per_node)
+    per_processor = turn.tokens * fullest * costs / computed / processors
     size = sum(block_sizes(problem.card, num_labels))
     update = turn.parts["update"] / STEPS / crowd
     known = {"gflops": per_processor / 1e9, "update_mega_per_second": size / mesh[0] / update / 1e6, "step_ms": 0.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from mpitrain.config import Config
 from mpitrain.dataset.loader import open_split
 from mpitrain.dataset.sequences import Sequences
 from mpitrain.errors import DataError, on_all_ranks
+from mpitrain.files import replace_file
 from mpitrain.fit import block_sizes, gib, state_bytes
 from mpitrain.forecast import TERMS, Forecast, forecasts
 from mpitrain.gauge import gauge
@@ -36,8 +38,8 @@ def plan(comm: Comm, config: Config, console: Console, *, num_ranks: int, show_s
     """Print the meshes, best first, and the stages of the best (collective).
 
     The machine's figures are those of `--machine`, or measured here by some steps of training; they are kept, for
-    the run to be compared with what was foretold. With `--out`, as machine.toml, too, and the schedule as schedule.png
-    and schedule.svg.
+    the run to be compared with what was foretold. With `--out`, as machine.toml, too, all meshes as plan.json, and the
+    schedule as schedule.png and schedule.svg.
 
     Raises:
         UsageError: mesh, layers and schedule do not fit each other, the ranks or the model; or the machine's file.
@@ -56,8 +58,10 @@ def plan(comm: Comm, config: Config, console: Console, *, num_ranks: int, show_s
             console.show(table_of(config, load, found))
             _say_best(console, config, load, found[0])
             _say_stages(console, config, problem, found[0])
-            for file in [kept_file(config, num_ranks), *([config.out / "machine.toml"] if config.out else [])]:
-                machine.write(file)
+            machine.write(kept_file(config, num_ranks))
+            if config.out is not None:
+                machine.write(config.out / "machine.toml")
+                replace_file(config.out / "plan.json", json.dumps([each.document() for each in found], indent=1) + "\n")
             if show_schedule:
                 _show(console, config.out, found[0], problem, config)
 
