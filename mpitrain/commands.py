@@ -14,7 +14,7 @@ from mpitrain.bench import command as bench
 from mpitrain.config import Config
 from mpitrain.errors import ExitCode, MpitrainError, UsageError, on_all_ranks
 from mpitrain.observe.console import Console
-from mpitrain.runtime.launch import StopRequest
+from mpitrain.runtime.launch import StopRequest, birth
 from mpitrain.runtime.watchdog import Watch
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ def _train(job: Job, options: argparse.Namespace, settings: Config) -> int:
             )
         )
     job.console.say("mpitrain", __version__)
-    again, num_ranks = settings, job.world.size
+    again, num_ranks, born = settings, job.world.size, birth()
     while True:
         try:
-            code, directory = train(job.world, again, job.console, job.stop)
+            code, directory = train(job.world, again, job.console, job.stop, born)
             break
         except RanksLostError as loss:
-            again = _go_on_without(job, settings, loss)
+            again, born = _go_on_without(job, settings, loss), loss.run.seen
     _say_what_next(job, settings, num_ranks, code, directory)
     return code
 
@@ -80,7 +80,7 @@ def _go_on_without(job: Job, settings: Config, loss: RanksLostError) -> Config:
     if job.world.size < replica:
         error = MpitrainError(f"{gone}, and {job.world.size} left are less than a replica of {replica} needs")
         if job.world.rank == 0:
-            directory.write_exit(error.code, str(error), loss.run.progress.step)
+            loss.run.write_exit(error.code, str(error))
         raise on_all_ranks(error)
     job.console.warn(f"{gone}; {job.world.size} go on from the last checkpoint")
     smaller = asked.model_copy(update={"data": None})

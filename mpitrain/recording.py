@@ -1,8 +1,9 @@
-"""What is written down and said of a step: a line of metrics, the progress that a person sees, ranks that are slow."""
+"""What is written down and said of a step and of scores: a line each, the progress that a person sees, slow ranks."""
 
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from mpitrain.dataset.batches import StepPlan
@@ -16,7 +17,10 @@ WARM_UP = 2  # steps that are not like others
 
 def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, parts: dict[str, float]) -> None:
     """A line in metrics.jsonl, and what a person sees."""
+    shares = result.shares
     run.last_steps.append(seconds)
+    run.seen = time.perf_counter()
+    run.ranks.add(shares.work, shares.memory)
     metrics: dict[str, Any] = {
         "step": plan.step + 1,
         "epoch": plan.epoch,
@@ -28,7 +32,13 @@ def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, pa
         "tokens_per_second": plan.num_tokens / seconds,
         **parts,
         "save": run.saver.take_seconds(),
-        "work": float(result.work.mean()),
+        "work": (work := float(shares.work.mean())),
+        "passes": float(shares.passes.mean()),
+        # Other ranks may have begun to wait while rank 0 was still at what follows the step before.
+        "bubble": max(0.0, min(run.ranks.bubble(shares.passes, shares.pipeline_wait), seconds - work - parts["copy"])),
+        "padding": plan.num_padding,
+        "memory": int(shares.memory.max()),
+        "elapsed": run.seen - run.born,
     }
     if len(run.last_steps) > WARM_UP:
         run.steady.append(metrics)
@@ -43,11 +53,13 @@ def record_step(run: Run, plan: StepPlan, result: StepResult, seconds: float, pa
         run.directory.add_metrics(finite)
         if run.board is not None:
             run.board.add(finite)
-        for slow in run.stragglers.add(result.work, costs, seconds):
+        for slow in run.stragglers.add(shares.work, costs, seconds):
             run.console.warn(
-                f"rank {slow.rank} on {run.nodes[slow.rank]} is slow: own work {1e3 * slow.work:.3g} ms a step, where "
-                f"its peers would take {1e3 * slow.share:.3g}; the others wait {1e3 * slow.waiting:.3g} ms a step"
+                f"rank {slow.rank} on {run.ranks.nodes[slow.rank]} is slow: own work {1e3 * slow.work:.3g} ms a step, "
+                f"where its peers would take {1e3 * slow.share:.3g}; the others wait {1e3 * slow.waiting:.3g} ms a step"
             )
+        if run.ranks.num_steps == 1:
+            record_ranks(run)  # a job that dies soon has something to tell, too
     if not result.updated:
         run.console.warn(f"step {plan.step + 1}: loss or gradient is not finite; all ranks skip this update")
     run.console.step(metrics, run.num_steps, run.last_f1)
@@ -76,3 +88,18 @@ def compare_with_forecast(run: Run) -> None:
     )
     terms = (f"{term} {1e3 * took[term]:.3g} ({1e3 * foretold[term]:.3g})" for term in TERMS)
     run.console.say("", f"{', '.join(terms)} ms, of the mean of the last {len(run.steady)} steps")
+
+
+def record_scores(run: Run, name: str, scores: dict[str, Any], seconds: float) -> None:
+    """A line in evaluations.jsonl; of weights that may be those of an earlier step (rank 0 only)."""
+    elapsed = time.perf_counter() - run.born
+    step, weights = run.progress.step, run.weights_of or run.progress.step
+    told = {"split": name, "step": step, "weights": weights, "epoch": weights / run.plan.steps_per_epoch}
+    run.directory.add_evaluation({**told, "seconds": seconds, "elapsed": elapsed, **scores})
+    record_ranks(run)
+
+
+def record_ranks(run: Run) -> None:
+    """What each rank has taken so far in this start, if it has done a step (rank 0 only)."""
+    if run.ranks.num_steps:
+        run.directory.write("ranks.json", run.ranks.document())

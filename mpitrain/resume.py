@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,13 @@ def resume(run: Run) -> None:
     best_is_here = False
     with together(run.world, "opening the run directory"):
         if run.world.rank == 0:
-            run.directory.forget_after(run.progress.step)
+            nodes, seconds = run.ranks.nodes, time.perf_counter() - run.born
+            run.directory.begin(run.progress.step, ranks=len(nodes), nodes=len(set(nodes)), seconds=seconds)
             forget_after(run.directory.checkpoints, run.progress.step)
             best = run.directory.checkpoints / f"step-{max(0, run.progress.best_step):08d}"
             best_is_here = (best / MANIFEST).is_file()
             run.directory.write("config.json", describe_run(run))
+    run.is_open = True
     if not share(run.world, best_is_here):  # it was not kept, or stayed in another run
         run.progress.best_f1, run.progress.best_step = -1.0, -1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from mpitrain.metrics import Scores
 from mpitrain.model.cost import block_costs
 from mpitrain.observe.board import Board
 from mpitrain.observe.console import Console
+from mpitrain.observe.ranks import Ranks
 from mpitrain.observe.record import RunDirectory, new_run_directory
 from mpitrain.observe.stragglers import Stragglers
 from mpitrain.optim import ShardedAdamW
@@ -62,11 +64,15 @@ class Run:
     stop: StopRequest
     deadline: Deadline
     stragglers: Stragglers
-    nodes: list[str]  # of all ranks, on rank 0
+    ranks: Ranks
     board: Board | None  # on rank 0, if asked for
     machine: Machine | None  # on rank 0, if its figures are known
+    born: float  # when this start began, by time.perf_counter
+    seen: float  # when its last step was done
+    is_open: bool = False  # whether it has gone on from where it was
     progress: Progress = field(default_factory=Progress)
     scores: dict[str, Scores] = field(default_factory=dict)  # by split, of the present weights
+    weights_of: int | None = None  # the step, if it is not the last one
     last_f1: float | None = None  # on dev, of the newest evaluation
     steady: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=10 * RECENT))  # metrics of steps
     last_steps: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # seconds of each
@@ -86,6 +92,11 @@ class Run:
         self.directory.release()
         self._end_board()
 
+    def write_exit(self, code: int, reason: str) -> None:
+        """What has become of it (one rank only)."""
+        seconds = time.perf_counter() - self.born if self.is_open else None
+        self.directory.write_exit(code, reason, self.progress.step, seconds, self.saver.take_seconds())
+
     def _end_board(self) -> None:
         if self.board is not None:
             self.board.close()
@@ -98,7 +109,9 @@ class Run:
         self.place.close()
 
 
-def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claimed: RunDirectory | None = None) -> Run:
+def build(
+    comm: Comm, config: Config, console: Console, stop: StopRequest, born: float, claimed: RunDirectory | None = None
+) -> Run:
     """Everything but the state that a checkpoint may bring, in the run directory `claimed` if given (collective)."""
     problem = find_problem(comm, config, console)
     say_problem(console, config, problem)
@@ -129,9 +142,11 @@ def build(comm: Comm, config: Config, console: Console, stop: StopRequest, claim
         stop=stop,
         deadline=await_deadline(comm, config, console),
         stragglers=watch_pace(place, problem),
-        nodes=gather(comm, platform.node()),
+        ranks=Ranks(place.mesh.shape, gather(comm, platform.node())),
         board=board,
         machine=machine,
+        born=born,
+        seen=born,
     )
 
 
@@ -140,7 +155,7 @@ def watch_pace(place: Place, problem: Problem) -> Stragglers:
     mesh, arrangement = place.mesh, place.arrangement
     costs = block_costs(problem.card, len(problem.label_names), problem.mean_length)
     stages = [sum(sum(costs[first:last]) for first, last in chunks) for chunks in arrangement.stages]
-    return Stragglers((mesh.num_replicas, mesh.num_stages, mesh.num_tensor), stages)
+    return Stragglers(mesh.shape, stages)
 
 
 def await_deadline(comm: Comm, config: Config, console: Console) -> Deadline:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from mpitrain.optim import LossScale, ShardedAdamW, learning_rate_at
 from mpitrain.pipeline.executor import Executor, MicroBatch
 from mpitrain.runtime.agree import collect, everyone, total
 from mpitrain.runtime.failpoints import reach
+from mpitrain.runtime.memory import peak_memory
 from mpitrain.runtime.mesh import Mesh
 from mpitrain.runtime.notes import begin_step, note
 from mpitrain.sections import Train
@@ -40,6 +42,22 @@ def never() -> bool:
     return False
 
 
+class Shares(NamedTuple):
+    """What each rank tells of its part of a step, [ranks] each.
+
+    Attributes:
+        work: seconds of its own work, waiting for others left out; that of the update before this one.
+        passes: seconds of its passes, waiting for the stages beside it left out.
+        pipeline_wait: seconds of this waiting.
+        memory: `peak_memory` so far.
+    """
+
+    work: NDArray[np.float64]
+    passes: NDArray[np.float64]
+    pipeline_wait: NDArray[np.float64]
+    memory: NDArray[np.float64]
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step did; the same on every rank but for `seconds`.
@@ -50,9 +68,9 @@ class StepResult:
         updated: False if a gradient was not finite and all ranks skipped the update together.
         stop: some rank was asked to stop.
         ready: all ranks were.
-        work: [ranks], seconds of own work on each, waiting for others left out; that of the update before this one.
+        shares: of the ranks.
         seconds: of this rank, by part of the step; `tensor`, in messages of its tensor group, is a part of
-            `forward_backward`, `gather` one of `update`; `reduce_hidden` ran beside others.
+            `forward_backward`, `copy` and `gather` are parts of `update`; `reduce_hidden` ran beside others.
         wire_errors: by stage and bucket, the norm of all rounding errors on the wire by that of the sum; empty if
             nothing is rounded; NaN where sums are not finite.
     """
@@ -63,7 +81,7 @@ class StepResult:
     updated: bool
     stop: bool
     ready: bool
-    work: NDArray[np.float64]
+    shares: Shares
     seconds: dict[str, float]
     wire_errors: list[list[float]]
 
@@ -99,7 +117,7 @@ class Stepper:
         self.trace = None
         self.num_updates = 0
         self.skipped_in_a_row = 0
-        self._seconds_updating = 0.0  # in the last step, what spreads new weights left out
+        self._seconds_updating = 0.0  # in the last step, waiting for copies and for others' weights left out
 
     @property
     def trace(self) -> Trace | None:
@@ -159,11 +177,12 @@ class Stepper:
         reduced = time.perf_counter()
         note(b"vote on the update")
         work = loading + seconds["forward_backward"] - seconds["tensor"] + self._seconds_updating
-        loss, grad_norm, stops, is_ready, everyones_work = self._agree(loss, stop(), ready(), work)
+        mine = [work, seconds["forward_backward"], seconds["pipeline_wait"], peak_memory()]
+        loss, grad_norm, stops, is_ready, shares = self._agree(loss, stop(), ready(), mine)
         wire_errors = self._measure_wire()
         learning_rate = learning_rate_at(plan.step, self.num_steps, self.peak_learning_rate, self.options.warmup_ratio)
         updated = math.isfinite(grad_norm) and math.isfinite(loss)
-        gathering = self._update(grad_norm, learning_rate, before_update) if updated else 0.0
+        copying, gathering = self._update(grad_norm, learning_rate, before_update) if updated else (0.0, 0.0)
         self._record("update", reduced)
         self._count(updated)
         self.drift.begin(plan.step + 1)
@@ -173,12 +192,11 @@ class Stepper:
             "reduce": reduced - began,
             "reduce_hidden": max(0.0, self.reducer.seconds - (reduced - began)),
             "update": time.perf_counter() - reduced,
+            "copy": copying,
             "gather": gathering,
         }
-        self._seconds_updating = seconds["update"] - gathering
-        return StepResult(
-            loss, grad_norm, learning_rate, updated, stops, is_ready, everyones_work, seconds, wire_errors
-        )
+        self._seconds_updating = seconds["update"] - copying - gathering
+        return StepResult(loss, grad_norm, learning_rate, updated, stops, is_ready, shares, seconds, wire_errors)
 
     def _pass(self, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> tuple[float, dict[str, float]]:
         """Forward and backward; this stage's share of the loss, and seconds by part."""
@@ -200,17 +218,18 @@ class Stepper:
         }
 
     def _agree(
-        self, loss: float, stop: bool, ready: bool, work: float
-    ) -> tuple[float, float, bool, bool, NDArray[np.float64]]:
-        """Loss and gradient norm of the batch, any to stop, all ready, everyone's work: one vote, the same bits."""
+        self, loss: float, stop: bool, ready: bool, shares: Sequence[float]
+    ) -> tuple[float, float, bool, bool, Shares]:
+        """Loss and gradient norm of the batch, any to stop, all ready, everyone's shares: one vote, the same bits."""
         squares = self._exact_squares() if self.options.reproducible else self.optimizer.squared_norm()
         changed = self.drift.changed()
-        mine = [loss, squares / self.loss_scale.value**2, float(stop), float(not ready), float(bool(changed)), work]
-        told = everyone(self.mesh.world, np.array(mine))
-        whole, squares, stops, unready, drifted, _ = map(float, told.sum(axis=0))
+        mine = [loss, squares / self.loss_scale.value**2, float(stop), float(not ready), float(bool(changed))]
+        told = everyone(self.mesh.world, np.array([*mine, *shares]))
+        whole, squares, stops, unready, drifted = map(float, told[:, : len(mine)].sum(axis=0))
         if drifted:
             raise_together(self.mesh.world, changed)
-        return whole, math.sqrt(squares) if squares >= 0 else math.nan, stops > 0, unready == 0, told[:, -1]
+        grad_norm = math.sqrt(squares) if squares >= 0 else math.nan
+        return whole, grad_norm, stops > 0, unready == 0, Shares(*told[:, len(mine) :].T)
 
     def _measure_wire(self) -> list[list[float]]:
         """See StepResult."""
@@ -232,10 +251,12 @@ class Stepper:
         limbs = total(world, np.array(tree.square_limbs(gradients, scale)))
         return tree.from_limbs(limbs, scale) if world.rank == 0 else 0.0
 
-    def _update(self, grad_norm: float, learning_rate: float, before: Callable[[], None]) -> float:
-        """Returns the seconds in which new weights spread."""
+    def _update(self, grad_norm: float, learning_rate: float, before: Callable[[], None]) -> tuple[float, float]:
+        """Returns the seconds spent in `before`, and those in which new weights spread."""
         note(b"copy of what is saved")
+        began = time.perf_counter()
         before()
+        copying = time.perf_counter() - began
         note(b"update of weights")
         reach("update")
         limit = self.options.max_grad_norm
@@ -244,7 +265,7 @@ class Stepper:
         began = time.perf_counter()
         note(b"new weights of all ranks")
         self.exchange.spread()
-        return time.perf_counter() - began
+        return copying, time.perf_counter() - began
 
     def _record(self, name: str, began: float) -> None:
         if self.trace is not None:

@@ -17,7 +17,7 @@ from mpitrain.files import user_path
 from mpitrain.metrics import is_plain
 from mpitrain.observe.console import Console, score_table
 from mpitrain.observe.record import RunDirectory
-from mpitrain.recording import compare_with_forecast, record_step
+from mpitrain.recording import compare_with_forecast, record_ranks, record_scores, record_step
 from mpitrain.resume import resume, save_checkpoint
 from mpitrain.run import Run, build
 from mpitrain.runtime.agree import Comm, collect, share, together
@@ -44,8 +44,12 @@ class RanksLostError(Exception):
         self.run = run
 
 
-def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tuple[int, Path]:
+def train(comm: Comm, config: Config, console: Console, stop: StopRequest, born: float) -> tuple[int, Path]:
     """Train, evaluate and save (collective); the exit code and the run directory.
+
+    Args:
+        comm, config, console, stop: who, what, whose voice, and what may end it early.
+        born: from when on its time counts, by time.perf_counter.
 
     Raises:
         MpitrainError: on all ranks, with the first cause.
@@ -55,14 +59,16 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
     run: Run | None = None
 
     def write_exit(error: BaseException) -> None:
-        if directory is not None:
-            with suppress(MpitrainError):  # the disk may be what has failed
-                directory.write_exit(code_of(error), str(error) or repr(error), run.progress.step if run else 0)
+        code, reason = code_of(error), str(error) or repr(error)
+        with suppress(MpitrainError):  # the disk may be what has failed
+            if run is not None:
+                run.write_exit(code, reason)
+            elif directory is not None:
+                directory.write_exit(code, reason, 0)
 
     try:
         with last_words(write_exit):
-            run = build(comm, config, console, stop, directory)
-            directory = run.directory
+            run = build(comm, config, console, stop, born, directory)
             resume(run)
             tracing = Tracing(run)
             stopped = run_steps(run, tracing)
@@ -87,7 +93,8 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest) -> tu
         raise
     code, reason = (ExitCode.STOPPED, f"stopped by {stopped}") if stopped else (ExitCode.DONE, "done")
     if comm.rank == 0:
-        run.directory.write_exit(code, reason, run.progress.step)
+        record_ranks(run)
+        run.write_exit(code, reason)
         run.directory.forget_starts()
     return code, run.directory.path
 
@@ -193,10 +200,13 @@ def score(run: Run, name: str) -> bool:
     note(b"evaluation")
     if name not in run.scores:
         stage, split = run.stepper.executor, run.splits[name]
+        began = time.perf_counter()
         found = evaluate(stage, run.place, run.problem, split, partial(is_to_stop, run))
         if found is None:
             return False
         run.scores[name] = found
+        if run.world.rank == 0:
+            record_scores(run, name, found[0], time.perf_counter() - began)
     return True
 
 
@@ -243,6 +253,7 @@ def take_best_weights(run: Run) -> None:
     run.stepper.optimizer.publish()
     run.stepper.exchange.spread()
     run.scores.clear()
+    run.weights_of = run.progress.best_step
     run.console.say("best", f"weights of step {run.progress.best_step}, the best on dev")
 
 

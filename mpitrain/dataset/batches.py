@@ -28,6 +28,7 @@ class StepPlan:
         costs: estimated, of each micro-batch, any unit.
         num_labelled: labelled tokens of the whole batch, the divisor of the loss.
         num_tokens: tokens of the whole batch.
+        num_padding: tokens of padding that are computed besides (`pad_lengths`).
     """
 
     step: int
@@ -36,6 +37,7 @@ class StepPlan:
     costs: tuple[float, ...]
     num_labelled: int
     num_tokens: int
+    num_padding: int
 
     def share(self, replica: int, num_replicas: int, *, reproducible: bool = False) -> range:
         """The numbers of a replica's micro-batches."""
@@ -88,13 +90,15 @@ class TrainPlan:
             self._order = (epoch, epoch_order(len(self.lengths), self.seed, epoch))
         batch = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
         micro_batches = tuple(cut_evenly(batch, self.costs[batch], self.micro_batches))
+        sizes = [int(self.lengths[sequences].sum()) for sequences in micro_batches]
         return StepPlan(
             step=step,
             epoch=epoch,
             micro_batches=micro_batches,
             costs=tuple(float(self.costs[sequences].sum()) for sequences in micro_batches),
             num_labelled=int(self.num_labelled[batch].sum()),
-            num_tokens=int(self.lengths[batch].sum()),
+            num_tokens=sum(sizes),
+            num_padding=sum(round_number(size) - size for size in sizes),
         )
 
 

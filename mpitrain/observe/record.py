@@ -1,4 +1,4 @@
-"""The run directory: what other programs read of a run (config.json, metrics.jsonl, eval.json, exit.json)."""
+"""The run directory: what other programs read of a run (config.json, metrics.jsonl, eval.json, exit.json ...)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from mpitrain.errors import UsageError
+from mpitrain.errors import MpitrainError, UsageError
 from mpitrain.files import can_be_written, parse_json, replace_file
+from mpitrain.observe import ledger
+from mpitrain.observe.lines import Line, read_lines, step_of
 
 STARTS, LOCK = "starts.json", "lock"
+METRICS, EVALUATIONS, LEDGER = "metrics.jsonl", "evaluations.jsonl", "ledger.json"
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
 SECONDS_FOR_A_PREDECESSOR = 10  # a job that was killed may take a moment to be gone
 
@@ -73,11 +76,16 @@ class RunDirectory:
                     return True
         return False
 
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that will be done again, because the run resumes from an earlier checkpoint."""
-        lines = [line for line in self._metric_lines() if 0 < _step_of(line) <= step]
+    def begin(self, step: int, *, ranks: int, nodes: int, seconds: float) -> None:
+        """Go on from `step`, `seconds` after this program's start; drop the lines of steps that will be done again."""
+        starts, lines, evaluations = self._account()
+        ledger.settle(starts, lines, evaluations, step)
+        starts.append(ledger.Start(step=step, ranks=ranks, nodes=nodes, start=seconds, seconds=seconds))
+        self.write(LEDGER, ledger.STARTS.dump_python(starts))
         with can_be_written(self.path):
-            replace_file(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+            for name, found in ((METRICS, lines), (EVALUATIONS, evaluations)):
+                kept = (json.dumps(line) for line in found if step_of(line) <= step)
+                replace_file(self.path / name, "".join(f"{line}\n" for line in kept))
             (self.path / "exit.json").unlink(missing_ok=True)
 
     def count_start(self, step: int) -> int:
@@ -97,37 +105,53 @@ class RunDirectory:
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a line for a step."""
-        path = self.path / "metrics.jsonl"
+        self._append(METRICS, metrics)
+
+    def add_evaluation(self, scores: dict[str, Any]) -> None:
+        """Append a line for a split that was scored."""
+        self._append(EVALUATIONS, scores)
+
+    def _append(self, name: str, line: Line) -> None:
+        path = self.path / name
         with can_be_written(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(line) + "\n")
 
     def write(self, name: str, value: Any) -> None:
         """Replace a JSON file as a whole."""
         with can_be_written(self.path / name):
             replace_file(self.path / name, json.dumps(value, indent=1) + "\n")
 
-    def write_exit(self, code: int, reason: str, step: int) -> None:
-        """Leave the exit code where every launcher's quirks cannot reach it."""
-        self.write("exit.json", {"code": code, "reason": reason, "step": step})
+    def write_exit(self, code: int, reason: str, step: int, seconds: float | None = None, saves: float = 0.0) -> None:
+        """Leave the exit code where every launcher's quirks cannot reach it, then, beside it, what the run has cost.
 
-    def _metric_lines(self) -> list[str]:
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
-        return [line for line in lines[:-1] if line]  # what stands behind the last newline was cut by a kill
+        Args:
+            code, reason, step: of the end.
+            seconds: since this program's start; None if it has not come to `begin`.
+            saves: seconds of saves after the last step.
+        """
+        told = {"code": code, "reason": reason, "step": step}
+        self.write("exit.json", told)
+        with suppress(MpitrainError):  # the code is what matters
+            self.write("exit.json", told | {"node_hours": self._settled(seconds, saves)})
+
+    def _settled(self, seconds: float | None, saves: float) -> dict[str, float]:
+        starts, lines, evaluations = self._account()
+        ledger.see(starts, lines, evaluations)
+        if starts and seconds is not None:
+            starts[-1] = starts[-1].model_copy(update={"seconds": seconds, "saves": saves})
+            self.write(LEDGER, ledger.STARTS.dump_python(starts))
+        return ledger.node_hours(starts, lines, evaluations)
+
+    def _account(self) -> tuple[list[ledger.Start], list[Line], list[Line]]:
+        file = self.path / LEDGER
+        starts = ledger.read_starts(file.read_text(encoding="utf-8", errors="replace")) if file.exists() else []
+        return starts, read_lines(self.path / METRICS)[0], read_lines(self.path / EVALUATIONS)[0]
 
 
 def _whose() -> str:
     """This process, for those who find its lock."""
     job = next((f", job {os.environ[name]}" for name in JOBS if name in os.environ), "")
     return f"process {os.getpid()} on {platform.node()}{job}"
-
-
-def _step_of(line: str) -> int:
-    """The step of a line of metrics; 0 if it is damaged: a log must not keep a run from going on."""
-    try:
-        return int(parse_json(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError):
-        return 0
 
 
 def new_run_directory(parent: Path, stem: str) -> Path:

@@ -146,6 +146,11 @@ def seconds_since_start() -> float | None:
     return None if started is None else time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
+def birth() -> float:
+    """When this process was started, or about now where that is not told, by time.perf_counter."""
+    return time.perf_counter() - (seconds_since_start() or 0.0)
+
+
 def start_of(pid: int) -> int | None:
     """Clock ticks from boot to the start of a process (proc(5)); None if none runs, or that is not told."""
     try:

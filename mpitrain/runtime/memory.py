@@ -1,4 +1,4 @@
-"""How much memory a rank may use: its share of what its node, its job's control group or its GPU has in all.
+"""How much memory a rank may use, its share of what its node, its job's control group or its GPU has, and has used.
 
 Not what is free just now: a job that is started again shall find the same.
 """
@@ -6,6 +6,7 @@ Not what is free just now: a job that is started again shall find the same.
 from __future__ import annotations
 
 import os
+import resource
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +29,11 @@ def least_memory(comm: Comm, device: torch.device) -> int:
     mine = size // collect(node, holder).count(holder)
     node.Free()
     return int(min(collect(comm, mine)))
+
+
+def peak_memory() -> float:
+    """Bytes of memory that this process has had at most, shared ones included (peak resident set, getrusage(2))."""
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def node_memory() -> int:

@@ -38,6 +38,11 @@ class Mesh:
     stage: int
     tensor: int
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Data x pipe x tensor, in the order of world ranks."""
+        return self.num_replicas, self.num_stages, self.num_tensor
+
     def rank_of(self, stage: int) -> int:
         """World rank at a stage of this replica, with this rank's tensor index."""
         return (self.replica * self.num_stages + stage) * self.num_tensor + self.tensor

@@ -71,7 +71,9 @@ def read_run_files(directory: Path) -> None:
     (directory / "checkpoints").mkdir(exist_ok=True)
     run = RunDirectory(directory)
     run.count_start(3)
-    run.forget_after(3)
+    run.begin(3, ranks=2, nodes=1, seconds=4.5)
+    run.write_exit(0, "done", 6, 9.5)
+    assert json.loads((directory / "exit.json").read_text())["node_hours"]["used"] >= 0
 
 
 def read_text(directory: Path) -> None:
@@ -115,7 +117,9 @@ READERS: dict[str, Reader] = {
     "weights of a model": ("model.safetensors", read_pretrained),
     "tokenizer": ("tokenizer.json", load_tokenizer),
     "metrics of a run": ("metrics.jsonl", read_run_files),
+    "scores of a run": ("evaluations.jsonl", read_run_files),
     "starts of a run": ("starts.json", read_run_files),
+    "account of a run": ("ledger.json", read_run_files),
 }
 
 
@@ -127,7 +131,8 @@ def valid(reference: Exam) -> Path:
     shards = next(reference.place.glob("cache/**/dataset.json")).parent
     for name in ("dataset.json", "train-00000.h5"):
         shutil.copy(shards / name, place)
-    shutil.copy(reference.reference(2) / "metrics.jsonl", place)
+    for name in ("metrics.jsonl", "evaluations.jsonl", "ledger.json"):
+        shutil.copy(reference.reference(2) / name, place)
     card = small_card(num_hidden_layers=1)
     stage = BertStage(card, 2, [(0, num_blocks(card))])
     write_pretrained(place, card, ["O", "B-X"], {name: each.detach() for name, each in stage.named_parameters()})

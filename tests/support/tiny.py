@@ -44,7 +44,9 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def exit_of(run: Path) -> dict[str, Any]:
+    """What exit.json tells, but for what it has cost."""
     found: dict[str, Any] = json.loads((run / "exit.json").read_text(encoding="utf-8"))
+    found.pop("node_hours")
     return found
 
 
