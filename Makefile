@@ -13,17 +13,17 @@ BIN = $(VENV)/bin
 RESULTS = tests/benchmarks/results
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help run test exam test-gpu test-hosts test-slurm lint bench bench-gpu clean
+.PHONY: help run test exam test-gpu test-hosts test-slurm test-browser lint bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo 'Variables: NP=8 (ranks), ROUNDS=2 SEED=0 (exam), ARGS= (more arguments), MPI=mpich|openmpi, VENV=.venv, PYTHON=python3'
 
 run: $(VENV)/.installed  ## train on NP ranks; ARGS are mpitrain's arguments
 	$(BIN)/mpirun -np $(NP) $(BIN)/python -m mpitrain $(ARGS)
 
-test: $(VENV)/.installed-dev  ## all tests that need no GPU, on 1 to 8 ranks; ARGS are pytest's arguments
+test: $(VENV)/.installed-dev  ## all tests that need no GPU, hosts or browser, on 1 to 8 ranks; ARGS are pytest's arguments
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU, on 1, 2 and 4 ranks; fails where there is none
@@ -34,6 +34,9 @@ test-hosts: $(VENV)/.installed-dev  ## the tests on emulated hosts with a networ
 
 test-slurm: $(VENV)/.installed-dev  ## the tests under a Slurm of their own; skipped without root, slurm-wlm and munge
 	$(BIN)/python -m pytest -m slurm tests/jobs $(ARGS)
+
+test-browser: $(VENV)/.installed-dev  ## the tests of the report's page in a headless Chromium
+	$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 exam: $(VENV)/.installed-dev  ## kill, stop and damage runs; a table of what came of it; ROUNDS=50 SEED=1 for random instants
 	ROUNDS=$(ROUNDS) SEED=$(SEED) $(BIN)/python -m pytest tests/exam $(ARGS)

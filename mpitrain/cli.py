@@ -34,7 +34,7 @@ COMMANDS = {
     "doctor": "check MPI, cores, memory, GPUs, files and network, before a long run",
     "plan": "show what each stage would hold, and the schedule of the pipeline",
     "job": "write a batch script for Slurm, PBS, LSF or Flux that trains until done",
-    "report": "show where the time of a traced run went, and draw its pipeline",
+    "report": "write a page about one or several runs, with their curves, scores and cost",
     "bench": "time our all-reduce beside MPI's own and gloo's, training steps, or their parts",
 }
 OWN_FLAGS = {"--config", "--checkpoint", "--format", "--to", "--ranks", "--show-schedule", "--json"}
@@ -55,7 +55,7 @@ def command_parser(command: str) -> _Parser:
     if command in ("evaluate", "predict", "export"):
         parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a run directory or one checkpoint")
     if command == "report":
-        parser.add_argument("directory", type=Path, metavar="DIR", help="a run that was trained with --trace N")
+        parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories; the page goes to --out")
     if command == "inspect":
         parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="shards, run or checkpoint")
         parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="the same as DIR")

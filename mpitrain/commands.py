@@ -185,9 +185,10 @@ def _job(job: Job, options: argparse.Namespace, settings: Config) -> int:
 
 
 def _report(job: Job, options: argparse.Namespace, settings: Config) -> int:
-    from mpitrain.report import report
+    from mpitrain.report.command import report
 
-    report(job.world, options.directory, settings.out or options.directory / "trace", job.console)
+    runs = options.runs
+    report(job.world, runs, settings.out or (runs[0] / "report" if len(runs) == 1 else Path("report")), job.console)
     return ExitCode.DONE
 
 

@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU (make test-gpu)")
     config.addinivalue_line("markers", "hosts: needs emulated hosts, and so root (make test-hosts)")
     config.addinivalue_line("markers", "slurm: needs Slurm's programs, and root to start them (make test-slurm)")
+    config.addinivalue_line("markers", "browser: needs Chromium (make test-browser)")
     if _with_mpi(config) and _world().rank > 0:
         reporter = config.pluginmanager.getplugin("terminalreporter")
         reporter._tw._file = Path(os.devnull).open("w")  # noqa: SIM115 - open for as long as the process lives
@@ -58,7 +59,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         smallest, largest = (mark.kwargs.get(key, ranks) for key in ("min_size", "max_size")) if mark else (0, 0)
         fits = mark is None or (ranks > 0 and smallest <= ranks <= largest)
         asked = config.getoption("-m") or ""
-        opted = all(name in asked for name in ("gpu", "hosts", "slurm") if item.get_closest_marker(name) is not None)
+        special = ("gpu", "hosts", "slurm", "browser")
+        opted = all(name in asked for name in special if item.get_closest_marker(name) is not None)
         alone = ranks == 0 or (ranks == 1 and not config.getoption("--only-mpi"))
         wanted = fits and (mark is not None or alone) and opted
         (keep if wanted else leave).append(item)

@@ -57,7 +57,8 @@ def test_the_wheel_holds_one_package_with_its_shelves_and_nothing_else(wheel):
     for shelf, pattern in [("models", "*.toml"), ("data", "*.toml"), ("data/sample", "*.conll"), ("jobs", "*.sh")]:
         for file in (ROOT / shelf).glob(pattern):
             assert f"mpitrain/_shelves/{shelf}/{file.name}" in names
-    allowed = {".py", ".toml", ".conll", ".md", ".sh", ".typed"}
+    allowed = {".py", ".toml", ".conll", ".md", ".sh", ".typed", ".css", ".html"}
+    assert {"mpitrain/report/page.css", "mpitrain/report/page.html"} <= set(names)
     assert {Path(name).suffix for name in names if ".dist-info/" not in name} <= allowed
     assert not [name for name in names if "test_" in name or "/tests/" in name]
     assert len([name for name in names if name.endswith("licenses/LICENSE")]) == 1

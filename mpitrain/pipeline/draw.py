@@ -62,7 +62,12 @@ def write(out: Path, stem: str, panels: dict[str, Proof], unit: str, console: Co
 
 
 def draw(file: Path, panels: dict[str, Proof], unit: str) -> None:
-    """A row for each stage, later chunks paler, below each panel's title; PNG, SVG or PDF as the file's name ends."""
+    """Into a file: PNG, SVG or PDF as its name ends."""
+    chart(panels, unit).savefig(file, dpi=150)
+
+
+def chart(panels: dict[str, Proof], unit: str) -> Any:
+    """A row for each stage, later chunks paler, below each panel's title; a figure of matplotlib."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -81,7 +86,7 @@ def draw(file: Path, panels: dict[str, Proof], unit: str) -> None:
     kinds = [kind for kind in COLORS if kind in {step.kind for step in steps}]
     patches = [Patch(color=COLORS[kind], alpha=DENSITY, label=kind.value) for kind in kinds]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches) or 1, frameon=False, fontsize=8)
-    figure.savefig(file, dpi=150)
+    return figure
 
 
 def _draw_stages(axis: Any, proof: Proof, makespan: float) -> None:

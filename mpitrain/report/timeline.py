@@ -1,4 +1,4 @@
-"""`mpitrain report`: the pipeline as it ran, beside what its schedule promises for the times that passes took."""
+"""The pipeline as it ran in a traced run, beside what its schedule promises for the times that passes took."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from rich.table import Table
 
 from mpitrain.errors import DataError
 from mpitrain.files import parse_json
-from mpitrain.observe.console import Console
-from mpitrain.pipeline.draw import write
 from mpitrain.pipeline.messages import with_messages
 from mpitrain.pipeline.prove import Proof, ScheduleError, Span, play
 from mpitrain.pipeline.schedule import Instruction, Kind, Placement
-from mpitrain.runtime.agree import Comm, together
 
 
 @dataclass(frozen=True)
@@ -30,27 +27,11 @@ class Step:
     predicted: Proof
 
 
-def report(comm: Comm, run: Path, out: Path, console: Console) -> None:
-    """Print each traced step, and draw the median one as timeline.png and timeline.svg in `out` (collective).
-
-    Raises:
-        DataError: there is no trace, or it is not one of ours.
-        UsageError: `out` cannot be written.
-    """
-    with together(comm, "reporting"):
-        if comm.rank == 0:
-            steps, crowded = read_steps(run / "trace" / "trace.json")
-            if crowded:
-                console.warn("ranks shared cores: what others took of them counts as if it had been computed")
-            console.show(table_of(steps))
-            write(out, "timeline", panels_of(steps), "ms", console)
-
-
 def read_steps(file: Path) -> tuple[list[Step], bool]:
     """The steps of a trace file, and whether ranks had to share cores.
 
     Raises:
-        DataError: as for `report`.
+        DataError: it is no trace, or not one of ours.
     """
     try:
         document = parse_json(file.read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""What there is to see of runs: a page that needs nothing else, and its figures."""
