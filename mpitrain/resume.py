@@ -75,7 +75,7 @@ def resume(run: Run) -> None:
             best = run.directory.checkpoints / f"step-{max(0, run.progress.best_step):08d}"
             best_is_here = (best / MANIFEST).is_file()
             run.directory.write("config.json", describe_run(run))
-    run.is_open = True
+    run.is_open, run.seen = True, time.perf_counter()
     if not share(run.world, best_is_here):  # it was not kept, or stayed in another run
         run.progress.best_f1, run.progress.best_step = -1.0, -1
 

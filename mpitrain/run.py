@@ -68,7 +68,7 @@ class Run:
     board: Board | None  # on rank 0, if asked for
     machine: Machine | None  # on rank 0, if its figures are known
     born: float  # when this start began, by time.perf_counter
-    seen: float  # when its last step was done
+    seen: float  # when its last step was done, or else the run directory was opened
     is_open: bool = False  # whether it has gone on from where it was
     progress: Progress = field(default_factory=Progress)
     scores: dict[str, Scores] = field(default_factory=dict)  # by split, of the present weights
