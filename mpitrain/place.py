@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from mpitrain.runtime.agree import Comm, any_rank, attempt, attempt_at_root, col
 from mpitrain.runtime.device import (
     Cores,
     choose_device,
+    gpu_of,
     keep_freed_memory,
     node_of_each_rank,
     place_on_node,
@@ -139,8 +141,11 @@ def say_place(comm: Comm, console: Console, transport: Transport, why: str, core
     if cores.misread:
         console.warn(f"OMP_NUM_THREADS: found {cores.misread!r}, which is no number of threads; it is ignored")
     if transport.device.type == "cuda":
+        ranks = Counter(collect(comm, gpu_of(transport.device)))
+        gpus = f"{len(ranks)} GPU(s) like {torch.cuda.get_device_name(transport.device)}"
+        gpus += f", up to {max(ranks.values())} ranks on one" if max(ranks.values()) > 1 else ", one a rank"
         way = "staged through pinned host memory" if transport.staged else "directly"
-        console.say("device", f"{torch.cuda.get_device_name(transport.device)}; tensors reach MPI {way} ({why})")
+        console.say("device", f"{gpus}; tensors reach MPI {way} ({why})")
 
 
 def multiplies_by_library(device: torch.device, options: Train) -> bool:

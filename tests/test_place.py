@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from mpitrain import place
 from mpitrain.errors import UsageError
 from mpitrain.model import linear
 from mpitrain.observe.console import Console
 from mpitrain.runtime.agree import collect
+from mpitrain.runtime.device import share_cores
 from mpitrain.sections import Train
 
 pytestmark = pytest.mark.mpi(min_size=1)
@@ -72,3 +76,15 @@ def test_where_one_rank_has_no_onednn_all_leave_it(comm, monkeypatch):
     assert chosen(comm) == "torch"
     with pytest.raises(UsageError, match="torch would work"):
         chosen(comm, linear="onednn")
+
+
+@pytest.mark.parametrize(
+    "gpus, told", [(1, "1 GPU(s) like G100, up to {} ranks on one"), (99, "{} GPU(s) like G100, one a rank")]
+)
+def test_ranks_that_share_a_gpu_are_said_whatever_number_it_has_for_each(comm, monkeypatch, gpus, told):
+    monkeypatch.setattr(place, "gpu_of", lambda device: f"GPU-{comm.rank % gpus}")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "G100")
+    console, transport = Listening(False), SimpleNamespace(device=torch.device("cuda", 0), staged=True, patient=False)
+    place.say_place(comm, console, transport, "so", share_cores(comm, 1))
+    words = told.format(comm.size) if comm.size > 1 else "1 GPU(s) like G100, one a rank"
+    assert console.said == f"{words}; tensors reach MPI staged through pinned host memory (so)"

@@ -37,6 +37,11 @@ def choose_device(comm: Comm, wanted: str) -> torch.device:
     return device
 
 
+def gpu_of(device: torch.device) -> str:
+    """A GPU's UUID: numbers are a process's own, which may see one GPU alone."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
 def keep_freed_memory() -> None:
     """Have malloc keep what is freed: pages of large temporaries would come anew, and zeroed, in every step."""
     with suppress(OSError, AttributeError):  # not in other C libraries
@@ -64,8 +69,7 @@ def node_of_each_rank(comm: Comm) -> list[int]:
 def processors_of_node(comm: Comm, device: torch.device) -> int:
     """How many GPUs, or cores, the ranks on the fullest node may use (collective)."""
     node = Comm(comm.Split_type(MPI.COMM_TYPE_SHARED))
-    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-    held = collect(node, [gpu] if gpu else sorted(os.sched_getaffinity(0)))
+    held = collect(node, [gpu_of(device)] if device.type == "cuda" else sorted(os.sched_getaffinity(0)))
     node.Free()
     return int(max(collect(comm, len(set(chain(*held))))))
 

@@ -14,6 +14,7 @@ import torch
 from mpi4py import MPI
 
 from mpitrain.runtime.agree import Comm, collect
+from mpitrain.runtime.device import gpu_of
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -21,8 +22,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 def least_memory(comm: Comm, device: torch.device) -> int:
     """Bytes that each rank of the job has at least (collective)."""
     if device.type == "cuda":  # each rank may see a GPU of its own as the first one
-        properties = torch.cuda.get_device_properties(device)
-        holder, size = str(properties.uuid), properties.total_memory
+        holder, size = gpu_of(device), torch.cuda.get_device_properties(device).total_memory
     else:
         holder, size = "", node_memory()
     node = Comm(comm.Split_type(MPI.COMM_TYPE_SHARED))

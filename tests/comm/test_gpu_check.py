@@ -185,6 +185,7 @@ def test_what_was_decided_is_said_with_the_reason_and_on_a_cpu_nothing_is_decide
     monkeypatch.setattr(place, "choose_device", lambda comm, wanted: torch.device(kind))
     monkeypatch.setattr(gpu, "decide", lambda comm, device, wanted: asked.append(wanted) or (direct, "for a reason"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(place, "gpu_of", lambda device: f"GPU-{comm.rank}")
     threads = torch.get_num_threads()
     monkeypatch.setattr(place, "least_memory", lambda comm, device: 1 << 40)
     problem = SimpleNamespace(card=small_card(), label_names=["O"], mean_length=0.0)
@@ -193,5 +194,5 @@ def test_what_was_decided_is_said_with_the_reason_and_on_a_cpu_nothing_is_decide
     found.mesh.free()
     way = "directly" if direct else "staged through pinned host memory"
     assert asked == ["auto"] * (kind == "cuda")
-    assert (f"a GPU; tensors reach MPI {way} (for a reason)" in capsys.readouterr().out) == (kind == "cuda")
+    assert (f"a GPU, one a rank; tensors reach MPI {way} (for a reason)" in capsys.readouterr().out) == (kind == "cuda")
     assert found.transport.staged is not direct
