@@ -74,7 +74,7 @@ class _Trial:
 
     def __init__(self, comm: Comm, config: Config, problem: Problem, split: Sequences, room: Room) -> None:
         self.problem, self.config = problem, config
-        self._comm, self._split, self._room = comm, split, room
+        self._comm, self._split, self.room = comm, split, room
 
     def on(self, mesh: Mesh) -> Config:
         """The configuration with this mesh, and stages that need no measuring and no file."""
@@ -91,7 +91,7 @@ class _Trial:
         except UsageError:
             return False
         need = need_of(problem.card, config, num_labels, found.stages, found.schedule, mesh[0], mesh[2], length)
-        return need.expected <= self._room.num_bytes
+        return need.expected <= self.room.num_bytes
 
     def run(self, mesh: Mesh) -> Turn:
         """Some turns, of which the median one by this rank's clock counts (collective)."""
@@ -117,8 +117,8 @@ def _speeds(machine: Machine, load: Load, trial: _Trial, mesh: Mesh) -> Machine:
     num_labels, load = len(problem.label_names), _of_turn(load, turn, options.batch_size)
     costs = sum(block_costs(problem.card, num_labels, load.length))
     fullest = part(0, options.micro_batches, mesh[0])[1] / options.micro_batches
-    threads = torch.get_num_threads()
-    computed = turn.stages[0] if threads == 1 and not torch.cuda.is_available() else turn.parts["forward_backward"]
+    alone = trial.room.on_host and torch.get_num_threads() == 1  # its own time on a core, which others may want, tells
+    computed = turn.stages[0] if alone else turn.parts["forward_backward"]
     processors = max(1, machine.processors_per_node // machine.ranks_per_node)
     per_processor = turn.tokens * fullest * costs / computed / processors
     size = sum(block_sizes(problem.card, num_labels))

@@ -68,6 +68,7 @@ class OnPaper:
     def __init__(self) -> None:
         self.config = Config(train={"batch_size": 32, "micro_batches": 8, "threads": 1})
         self.problem = SimpleNamespace(card=CARD, label_names=["O"] * 7)
+        self.room = SimpleNamespace(on_host=True)
 
     def expect(self, machine: Machine, load: Load, mesh) -> dict[str, float]:
         axes = dict(zip(("data", "pipe", "tensor"), mesh, strict=True))
