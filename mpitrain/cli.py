@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mpitrain import __version__, config
 from mpitrain import job as jobs
@@ -115,8 +115,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         to_stderr = command == "predict" or "--json" in arguments  # whose results are on standard output
         job = Job(world, watch, Console(world.rank == 0, to_stderr=to_stderr), stop, arguments)
         code = run(job, command)
-        patience = job.watch.hang_timeout
-        launch.die_unless_done_in(max(patience, launch.SECONDS_TO_LEAVE) if patience else 0)
+        launch.die_unless_done_in(launch.patience(job.watch.hang_timeout))
         job.watch.end()
     except BaseException as error:  # SystemExit too: the other ranks would wait for this one
         launch.abort(world, error, error.__traceback__)
@@ -172,7 +171,7 @@ def run(job: Job, command: str) -> int:
     try:
         attempt(world, "reading the environment", lambda: failpoints.arm(world.rank))
         options, settings = attempt(world, "reading the configuration", lambda: _read_arguments(command, job.arguments))
-        told = {"command": command, **vars(options), **flat(settings.model_dump(mode="json"))}
+        told = {"command": command, **vars(options), **config.flat(settings.model_dump(mode="json"), "--")}
         require_same(world, "settings", {key: str(value) for key, value in told.items()})
         if command != "doctor":  # which tells it as one of its findings
             require_same(world, "the program", attempt(world, "looking at the program", program))
@@ -191,17 +190,9 @@ def run(job: Job, command: str) -> int:
         return error.code
 
 
-def flat(table: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
-    """A table of tables by their dotted flags."""
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
-
-
 def _read_arguments(command: str, arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     own, fields = split_arguments(arguments)
     options = command_parser(command).parse_args(own)
-    if command == "job":
+    if command in ("job", "plan"):
         options.fields = fields
     return options, config.load(fields, options.config)

@@ -14,6 +14,7 @@ from mpitrain.bench import command as bench
 from mpitrain.config import Config
 from mpitrain.errors import ExitCode, MpitrainError, UsageError, on_all_ranks
 from mpitrain.observe.console import Console
+from mpitrain.runtime import launch
 from mpitrain.runtime.launch import StopRequest, birth
 from mpitrain.runtime.watchdog import Watch
 
@@ -68,15 +69,19 @@ def _go_on_without(job: Job, settings: Config, loss: RanksLostError) -> Config:
     """
     from mpitrain.runtime.survive import survivors
 
-    asked, directory = settings.mesh, loss.run.directory
-    replica = (asked.pipe or 1) * (asked.tensor or 1)
+    asked, directory, pipeline = settings.mesh, loss.run.directory, settings.pipeline
+    given = asked.pipe or pipeline.layers or pipeline.schedule.endswith(".csv")
+    replica = (loss.run.place.mesh.num_stages if given else 1) * (asked.tensor or 1)
+    num_before = job.world.size
+    launch.die_unless_done_in(launch.patience(job.watch.hang_timeout))  # nobody watches while the world is made anew
     job.watch.abandon()
     job.world, lost = survivors(job.world, replica)
     if not lost:  # it was something else
         raise loss
     job.watch = Watch(job.world, job.watch.alarm, job.watch.hang_timeout, survives=True)
+    launch.die_unless_done_in(0)
     job.console = Console(job.world.rank == 0, level=settings.log.level)
-    gone = f"rank(s) {', '.join(map(str, lost))} of the job are lost"
+    gone = f"rank(s) {', '.join(map(str, lost))} of {num_before} are lost"
     if job.world.size < replica:
         error = MpitrainError(f"{gone}, and {job.world.size} left are less than a replica of {replica} needs")
         if job.world.rank == 0:
@@ -167,9 +172,8 @@ def _doctor(job: Job, options: argparse.Namespace, settings: Config) -> int:
 def _plan(job: Job, options: argparse.Namespace, settings: Config) -> int:
     from mpitrain.plan import plan
 
-    plan(
-        job.world, settings, job.console, num_ranks=options.ranks or job.world.size, show_schedule=options.show_schedule
-    )
+    told = {"show_schedule": options.show_schedule, "fields": options.fields}
+    plan(job.world, settings, job.console, num_ranks=options.ranks or job.world.size, **told)
     return ExitCode.DONE
 
 

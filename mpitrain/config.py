@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -166,6 +166,21 @@ def describe(mistake: Any, prefix: str = "") -> str:
     if mistake["type"] == "extra_forbidden":
         return f"{prefix}{field}: no such field; found {mistake['input']!r}"
     return f"{prefix}{field}: {mistake['msg'][:1].lower()}{mistake['msg'][1:]}; found {mistake['input']!r}"
+
+
+def flags_of(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Each flag with its value, which is a word of its own or stands behind an equals sign."""
+    rest = iter(words)
+    for word in rest:
+        yield (word,) if "=" in word else (word, next(rest))
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A table of tables by dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def help_text() -> str:

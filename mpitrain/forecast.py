@@ -84,7 +84,8 @@ def forecasts(
             continue
         found.append(forecast(machine, load, config, card, num_labels, arrangement))
     if not found:  # which tells why, as for a run
-        found.append(forecast(machine, load, config, card, num_labels, arrange(load.ranks, config, card, num_labels)))
+        arrangement = arrange(load.ranks, config, card, num_labels, table=table)
+        found.append(forecast(machine, load, config, card, num_labels, arrangement))
     return sorted(found, key=lambda each: (not each.fits, each.seconds))
 
 
@@ -106,10 +107,10 @@ def forecast(
     machine: Machine, load: Load, config: Config, card: ModelCard, num_labels: int, arrangement: Arrangement
 ) -> Forecast:
     """What is to be expected of one mesh."""
-    copies, data, tensor = load.ranks, arrangement.data, arrangement.tensor
+    data, tensor = arrangement.data, arrangement.tensor
     stages, schedule = arrangement.stages, arrangement.schedule
-    need = need_of(card, config, num_labels, stages, schedule, data, tensor, load.length)
-    room = machine.memory_gib_per_node * 2**30 / min(machine.ranks_per_node, copies)
+    need = need_of(card, config, num_labels, stages, schedule, data, tensor, load.length, copies=not machine.gpus)
+    room = machine.memory_gib_per_node * 2**30 / min(machine.ranks_per_node, load.ranks)
     terms = step_terms(machine, load, config, card, num_labels, arrangement)
     steps = ceil(load.sequences / config.train.batch_size)
     nodes = ceil(load.ranks / machine.ranks_per_node)
@@ -133,14 +134,19 @@ def step_terms(
     exchange = exchange_seconds(machine, config, card, tokens, tensor)
     exchanging = [exchange * (last - first) for first, last in chunks]
     message = message_seconds(machine, load, config, card, tokens, arrangement)
-    sizes = block_sizes(card, num_labels, tensor)
-    largest = max(sum(sum(sizes[first:last]) for first, last in stage) for stage in arrangement.stages)
+    largest = largest_stage(arrangement, card, num_labels)
     update = largest / arrangement.data / (1e6 * machine.update_mega_per_second) + 1e-3 * machine.step_ms
     return {
         **play_passes(arrangement, config.train.micro_batches, computing, exchanging, message, crowd),
         "reduce": reduce_seconds(machine, load, config, largest, arrangement, crowd),
         "update": crowd * update,
     }
+
+
+def largest_stage(arrangement: Arrangement, card: ModelCard, num_labels: int) -> int:
+    """Parameters of a rank of the stage that has the most."""
+    sizes = block_sizes(card, num_labels, arrangement.tensor)
+    return max(sum(sum(sizes[first:last]) for first, last in stage) for stage in arrangement.stages)
 
 
 def play_passes(

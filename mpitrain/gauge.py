@@ -4,48 +4,55 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from statistics import median
 
 import torch
 
-from mpitrain.arrange import arrange
+from mpitrain.arrange import Arrangement, arrange
 from mpitrain.bench.step import WARM_UP, Turn, Workload
+from mpitrain.comm.buffers import Transport
+from mpitrain.comm.pingpong import neighbours, ping_pong
 from mpitrain.config import Config
 from mpitrain.dataset.sequences import Sequences
 from mpitrain.errors import UsageError, on_all_ranks
-from mpitrain.fit import Room, block_sizes, need_of
-from mpitrain.forecast import step_terms
+from mpitrain.fit import Room, need_of
+from mpitrain.forecast import largest_stage, step_terms
 from mpitrain.machine import Load, Machine
 from mpitrain.model.cost import block_costs
 from mpitrain.observe.console import Console
+from mpitrain.place import find_room
 from mpitrain.problem import Problem
 from mpitrain.runtime.agree import Comm, collect
-from mpitrain.runtime.device import choose_device, node_of_each_rank, place_on_node, processors_of_node
-from mpitrain.runtime.memory import least_memory
+from mpitrain.runtime.device import choose_device, place_on_node, processors_of_node
 from mpitrain.split import part
 
 STEPS = 2  # of a turn
 TURNS = 5  # on each mesh, of which the median one counts: others may want the machine now and then
 HALVINGS = 40
-LONGEST = 1e5  # us, of a message or an exchange
+LONGEST = 1e5  # us of a message or an exchange, ms of a step, seconds of 10^9 bytes
+TINY = 1e-6
 Mesh = tuple[int, int, int]
 
 
 def gauge(comm: Comm, config: Config, problem: Problem, split: Sequences) -> Machine:
     """Train for some steps with replicas alone, stages alone, and ranks that share layers, as far as these fit.
 
-    What replicas alone take gives the speed of passes, sums and updates; what the others take beyond that is laid on
-    their messages. Figures that need several ranks, or nodes, stay those of `Machine` without them (collective); all
-    others are by each rank's own clock, those of rank 0 are the ones to use.
+    The first of them gives the speed of passes and updates; what each takes beyond these is laid on its sums, messages
+    or exchanges. Figures for which there are too few ranks or nodes stay those of `Machine` (collective); those of rank
+    0, by its own clock, are the ones to use.
     """
     device = choose_device(comm, config.train.device)
-    room = Room(least_memory(comm, device), node_of_each_rank(comm), device.type == "cpu")
-    on_node = max(collect(comm, place_on_node(comm)[1]))
+    room = find_room(comm, device)
+    on_node, processors = max(collect(comm, place_on_node(comm)[1])), processors_of_node(comm, device)
     machine = Machine(
         name=f"{comm.size} ranks on {len(set(room.nodes))} node(s) like {platform.node()}",
         ranks_per_node=on_node,
-        processors_per_node=processors_of_node(comm, device),
+        processors_per_node=processors,
+        gpus=device.type == "cuda",
         memory_gib_per_node=room.num_bytes * on_node / 2**30,
         gflops=1.0,
+        step_ms=0.0,
+        **_network(comm, room, patient=on_node > processors),
     )
     lengths = split.index.lengths
     load = Load(comm.size, len(lengths), float(lengths.mean()))
@@ -55,11 +62,22 @@ def gauge(comm: Comm, config: Config, problem: Problem, split: Sequences) -> Mac
         raise on_all_ranks(
             UsageError("mesh: no mesh of one kind of axis has room in memory; give the machine's figures by --machine")
         )
-    machine = _speeds(machine, load, trial, kinds[0])
-    for mesh in kinds[1:]:
-        field = "message_us" if mesh[1] > 1 else "exchange_us"
-        machine = _solve(machine, field, load, trial, mesh)
+    for mesh in kinds:
+        turn = trial.run(mesh)
+        if mesh == kinds[0]:
+            machine = _speeds(machine, load, trial, mesh, turn)
+        machine = _solve(machine, load, trial, mesh, turn)
     return machine
+
+
+def _network(comm: Comm, room: Room, *, patient: bool) -> dict[str, float]:
+    """Latency and bandwidth between neighbouring nodes, by one pair of ranks each (collective)."""
+    rounds, transport = neighbours(sorted(set(room.nodes))), Transport(torch.device("cpu"), patient=patient)
+    links = [link for pairs in rounds if pairs for link in ping_pong(comm, pairs, transport)]
+    if not links:
+        return {}
+    latency, bandwidth = (median(link[name] for link in links) for name in ("latency", "bandwidth"))
+    return {"network_us": 1e6 * latency, "network_gb_per_second": bandwidth / 1e9}
 
 
 def _kinds(num_ranks: int, room: Room, heads: int) -> list[Mesh]:
@@ -87,10 +105,11 @@ class _Trial:
         config, problem = self.on(mesh), self.problem
         num_labels, length = len(problem.label_names), problem.mean_length
         try:
-            found = arrange(self._comm.size, config, problem.card, num_labels)
+            found = self.arranged(mesh)
         except UsageError:
             return False
-        need = need_of(problem.card, config, num_labels, found.stages, found.schedule, mesh[0], mesh[2], length)
+        stages, schedule, copies = found.stages, found.schedule, self.room.on_host
+        need = need_of(problem.card, config, num_labels, stages, schedule, mesh[0], mesh[2], length, copies=copies)
         return need.expected <= self.room.num_bytes
 
     def run(self, mesh: Mesh) -> Turn:
@@ -103,35 +122,34 @@ class _Trial:
         work.close()
         return sorted(turns, key=lambda turn: turn.seconds / turn.tokens)[TURNS // 2]
 
+    def arranged(self, mesh: Mesh) -> Arrangement:
+        """With its stages."""
+        return arrange(self._comm.size, self.on(mesh), self.problem.card, len(self.problem.label_names))
+
     def expect(self, machine: Machine, load: Load, mesh: Mesh) -> dict[str, float]:
         """Terms of a step."""
-        config, num_labels = self.on(mesh), len(self.problem.label_names)
-        found = arrange(self._comm.size, config, self.problem.card, num_labels)
-        return step_terms(machine, load, config, self.problem.card, num_labels, found)
+        num_labels = len(self.problem.label_names)
+        return step_terms(machine, load, self.on(mesh), self.problem.card, num_labels, self.arranged(mesh))
 
 
-def _speeds(machine: Machine, load: Load, trial: _Trial, mesh: Mesh) -> Machine:
-    """Passes, sums and updates, each by what they took on a mesh (collective)."""
-    turn, problem, options = trial.run(mesh), trial.problem, trial.config.train
-    crowd = max(1.0, machine.ranks_per_node / machine.processors_per_node)
+def _speeds(machine: Machine, load: Load, trial: _Trial, mesh: Mesh, turn: Turn) -> Machine:
+    """Passes and updates, by what they took on a mesh."""
+    problem, options, found = trial.problem, trial.config.train, trial.arranged(mesh)
     num_labels, load = len(problem.label_names), _of_turn(load, turn, options.batch_size)
-    costs = sum(block_costs(problem.card, num_labels, load.length))
-    fullest = part(0, options.micro_batches, mesh[0])[1] / options.micro_batches
+    costs = block_costs(problem.card, num_labels, load.length)
     alone = trial.room.on_host and torch.get_num_threads() == 1  # its own time on a core, which others may want, tells
-    computed = turn.stages[0] if alone else turn.parts["forward_backward"]
+    if alone:
+        computed, flop = turn.stages[0], sum(sum(costs[first:last]) for first, last in found.stages[0])
+    else:
+        computed, flop = turn.parts["forward_backward"] - turn.parts["tensor"], sum(costs) / found.pipe
+    fullest = part(0, options.micro_batches, found.data)[1] / options.micro_batches
+    flop *= turn.tokens * fullest * (1 + machine.sharing_loss * (found.tensor - 1)) / found.tensor
     processors = max(1, machine.processors_per_node // machine.ranks_per_node)
-    per_processor = turn.tokens * fullest * costs / computed / processors
-    size = sum(block_sizes(problem.card, num_labels))
-    update = turn.parts["update"] / STEPS / crowd
-    known = {"gflops": per_processor / 1e9, "update_mega_per_second": size / mesh[0] / update / 1e6, "step_ms": 0.0}
-    machine = machine.model_copy(update=known)
-    left = turn.seconds / STEPS - sum(
-        trial.expect(machine.model_copy(update={"sum_gb_per_second": 1e9}), load, mesh).values()
-    )
-    left = max(1e-6, left / crowd)
-    if mesh[0] == 1:
-        return machine.model_copy(update={"step_ms": 1e3 * left})
-    return machine.model_copy(update={"sum_gb_per_second": 4 * size / left / 1e9})
+    crowd = max(1.0, machine.ranks_per_node / machine.processors_per_node)
+    updated = largest_stage(found, problem.card, num_labels) / found.data * STEPS * crowd
+    known = {"gflops": flop / computed / processors / 1e9}
+    known["update_mega_per_second"] = updated / turn.parts["update"] / 1e6
+    return machine.model_copy(update=known)
 
 
 def _of_turn(load: Load, turn: Turn, batch_size: int) -> Load:
@@ -139,18 +157,26 @@ def _of_turn(load: Load, turn: Turn, batch_size: int) -> Load:
     return Load(load.ranks, load.sequences, turn.tokens / STEPS / batch_size)
 
 
-def _solve(machine: Machine, field: str, load: Load, trial: _Trial, mesh: Mesh) -> Machine:
-    """The figure with which a step takes as long as it did, or none at all if that is too long (collective)."""
-    turn = trial.run(mesh)
+def _solve(machine: Machine, load: Load, trial: _Trial, mesh: Mesh, turn: Turn) -> Machine:
+    """The figure with which a step takes as long as it did: that of what ranks exchange on this kind of mesh."""
     load = _of_turn(load, turn, trial.config.train.batch_size)
+    data, pipe, tensor = mesh
+    if tensor > 1:
+        field = "exchange_us"
+    elif pipe > 1:
+        field = "message_us"
+    else:
+        field = "sum_gb_per_second" if data > 1 else "step_ms"
 
     def with_figure(value: float) -> Machine:
-        return machine.model_copy(update={field: value})
+        return machine.model_copy(update={field: 1 / max(value, TINY) if field == "sum_gb_per_second" else value})
 
-    def is_too_long(value: float) -> bool:
-        return sum(trial.expect(with_figure(value), load, mesh).values()) > turn.seconds / STEPS
+    def seconds(value: float) -> float:
+        return sum(trial.expect(with_figure(value), load, mesh).values())
 
-    return with_figure(_bisect(is_too_long))
+    if seconds(LONGEST) == seconds(0.0):  # nothing of it is done on this mesh: one replica on each node
+        return machine
+    return with_figure(_bisect(lambda value: seconds(value) > turn.seconds / STEPS))
 
 
 def _bisect(is_too_large: Callable[[float], bool]) -> float:

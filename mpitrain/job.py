@@ -11,10 +11,10 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mpitrain.config import Config
+from mpitrain.config import Config, flags_of
 from mpitrain.errors import UsageError
 from mpitrain.files import user_path
 from mpitrain.sections import seconds_of
@@ -93,7 +93,7 @@ def fill(options: argparse.Namespace, settings: Config, fields: Sequence[str], m
     """The script, as text."""
     out = settings.out or Path("runs") / f"{Path(settings.model).stem}-{Path(settings.data).stem}"
     arguments = ["--config", str(options.config)] if options.config else []
-    arguments += [word for flag in _flags(fields) if flag[0].partition("=")[0] not in OF_THE_SCRIPT for word in flag]
+    arguments += [word for flag in flags_of(fields) if flag[0].partition("=")[0] not in OF_THE_SCRIPT for word in flag]
     variables: dict[str, object] = {
         "python=": shlex.quote(sys.executable),
         "mpi=": mpi,
@@ -107,13 +107,6 @@ def fill(options: argparse.Namespace, settings: Config, fields: Sequence[str], m
     for start, value in (variables | ASKED[options.scheduler](options, mpi)).items():
         text = _put(text, start, value)
     return text
-
-
-def _flags(fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Each flag with its value, which is a word of its own or stands behind an equals sign."""
-    words = iter(fields)
-    for word in words:
-        yield (word,) if "=" in word else (word, next(words))
 
 
 def _put(text: str, start: str, value: object) -> str:

@@ -35,6 +35,8 @@ class Machine(Section):
     """that are started on a node"""
     processors_per_node: PositiveInt = 1
     """cores that ranks compute on, or GPUs"""
+    gpus: bool = False
+    """these are GPUs"""
     memory_gib_per_node: PositiveFloat
     """of which all ranks of the node have an even share; with GPUs, theirs together"""
     gflops: PositiveFloat
@@ -63,7 +65,7 @@ class Machine(Section):
         lines = []
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            shown = f'"{value}"' if isinstance(value, str) else f"{value:.4g}" if isinstance(value, float) else value
+            shown = f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
             lines.append(f"{name} = {shown}  # {field.description}\n")
         return "".join(lines)
 

@@ -103,7 +103,7 @@ def choose_arrangement(
 ) -> Arrangement:
     """What fits ranks, nodes and memory; warns where memory may be short (collective)."""
     table = attempt_at_root(comm, "reading --pipeline.schedule", lambda: read_table(config))
-    room = Room(int(USABLE * least_memory(comm, device)), node_of_each_rank(comm), device.type == "cpu")
+    room = find_room(comm, device)
     length = problem.mean_length or TYPICAL_LENGTH
     num_labels, asked = len(problem.label_names), {"table": table, "pipe": pipe}
 
@@ -118,6 +118,11 @@ def choose_arrangement(
             "--mesh.tensor, more --train.micro_batches, or --train.recompute block take less"
         )
     return arrangement
+
+
+def find_room(comm: Comm, device: torch.device) -> Room:
+    """What each rank may use (collective)."""
+    return Room(int(USABLE * least_memory(comm, device)), node_of_each_rank(comm), device.type == "cpu")
 
 
 def say_stages(console: Console, place: Place, card: ModelCard) -> None:

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mpitrain.arrange import name_blocks, read_table
-from mpitrain.config import Config
+from mpitrain.config import Config, flags_of
 from mpitrain.dataset.loader import open_split
 from mpitrain.dataset.sequences import Sequences
-from mpitrain.errors import DataError, on_all_ranks
+from mpitrain.errors import DataError, UsageError, on_all_ranks
 from mpitrain.files import replace_file
 from mpitrain.fit import block_sizes, gib, state_bytes
 from mpitrain.forecast import TERMS, Forecast, forecasts
@@ -32,14 +32,25 @@ from mpitrain.split import part
 
 COLUMNS = 96
 MOST_ROWS = 12
+NOT_OF_THE_RUN = ("--machine", "--out", "--mesh.data", "--mesh.pipe", "--mesh.tensor")
 
 
-def plan(comm: Comm, config: Config, console: Console, *, num_ranks: int, show_schedule: bool) -> None:
+def plan(
+    comm: Comm, config: Config, console: Console, *, num_ranks: int, show_schedule: bool, fields: Sequence[str]
+) -> None:
     """Print the meshes, best first, and the stages of the best (collective).
 
     The machine's figures are those of `--machine`, or measured here by some steps of training; they are kept, for
     the run to be compared with what was foretold. With `--out`, as machine.toml, too, all meshes as plan.json, and the
     schedule as schedule.png and schedule.svg.
+
+    Args:
+        comm: the ranks that measure.
+        config: of the run that is planned.
+        console: speaks on rank 0.
+        num_ranks: of that run.
+        show_schedule: draw it.
+        fields: the configuration's flags, as they were given.
 
     Raises:
         UsageError: mesh, layers and schedule do not fit each other, the ranks or the model; or the machine's file.
@@ -56,14 +67,22 @@ def plan(comm: Comm, config: Config, console: Console, *, num_ranks: int, show_s
             num_labels, table = len(problem.label_names), read_table(config)
             found = forecasts(machine, load, config, problem.card, num_labels, table)
             console.show(table_of(config, load, found))
-            _say_best(console, config, load, found[0])
+            _say_best(console, load, found[0], fields)
             _say_stages(console, config, problem, found[0])
-            machine.write(kept_file(config, num_ranks))
+            if config.machine is None:
+                _keep(machine, config, num_ranks, console)
             if config.out is not None:
                 machine.write(config.out / "machine.toml")
                 replace_file(config.out / "plan.json", json.dumps([each.document() for each in found], indent=1) + "\n")
             if show_schedule:
                 _show(console, config.out, found[0], problem, config)
+
+
+def _keep(machine: Machine, config: Config, num_ranks: int, console: Console) -> None:
+    try:
+        machine.write(kept_file(config, num_ranks))
+    except UsageError as error:
+        console.warn(f"the run will not be compared with this plan, unless by --machine: {error}")
 
 
 def find_machine(
@@ -105,7 +124,7 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:,.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.1f}"
 
 
-def _say_best(console: Console, config: Config, load: Load, best: Forecast) -> None:
+def _say_best(console: Console, load: Load, best: Forecast, fields: Sequence[str]) -> None:
     mesh = best.arrangement
     console.say("mesh", f"{load.ranks} rank(s) = {mesh.shape}")
     if not best.fits:
@@ -114,7 +133,8 @@ def _say_best(console: Console, config: Config, load: Load, best: Forecast) -> N
             "node, more --train.micro_batches, or --train.recompute block would take less"
         )
     axes = f"--mesh.data {mesh.data} --mesh.pipe {mesh.pipe} --mesh.tensor {mesh.tensor}"
-    console.say("run", f"mpirun -np {load.ranks} python -m mpitrain --model {shlex.quote(config.model)} {axes}")
+    same = [word for flag in flags_of(fields) if flag[0].partition("=")[0] not in NOT_OF_THE_RUN for word in flag]
+    console.say("run", f"mpirun -np {load.ranks} python -m mpitrain {shlex.join([*same, *axes.split()])}")
 
 
 def prove(best: Forecast, card: ModelCard, config: Config, problem: Problem) -> Proof:

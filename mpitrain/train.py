@@ -22,7 +22,7 @@ from mpitrain.resume import resume, save_checkpoint
 from mpitrain.run import Run, build
 from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.failpoints import reach
-from mpitrain.runtime.launch import StopRequest, last_words, seconds_since_start
+from mpitrain.runtime.launch import StopRequest, last_words
 from mpitrain.runtime.notes import note
 from mpitrain.runtime.survive import is_loss
 from mpitrain.tracing import Tracing
@@ -144,7 +144,8 @@ def run_steps(run: Run, tracing: Tracing) -> str:
             tracing.end()
             if result.ready:
                 run.saver.advance()
-            if run.progress.step == first and (waited := seconds_since_start()) is not None:
+            if run.progress.step == first:
+                waited = time.perf_counter() - run.born
                 run.console.say("start", f"{waited:.1f} s from this program's start to the end of a step")
             refuse_to_go_on_without_updates(run)
             if result.stop or (evaluation_is_due(run) and not evaluate_dev(run)):

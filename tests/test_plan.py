@@ -46,7 +46,8 @@ def test_the_plan_of_a_job_is_shown_without_it(place, cache, ranks):
     assert done.returncode == 0, done.stderr
     assert "a plan splits the model by estimated cost" in done.stdout + done.stderr
     assert done.stdout.count("8 rank(s) = 2 data x 4 pipe") == 1
-    assert "mpirun -np 8 python -m mpitrain --model bert-base-cased --mesh.data 2 --mesh.pipe 4" in done.stdout
+    line = f"run      mpirun -np 8 python -m mpitrain --model bert-base-cased --train.micro_batches 8 {' '.join(flags)}"
+    assert f"{line} --mesh.data 2 --mesh.pipe 4 --mesh.tensor 1\n" in done.stdout
     assert "zb-v, up to 4 micro-batches a replica and step" in done.stdout
     sizes = [int(size.replace(",", "")) for size in re.findall(r"^\d .*?  +([\d,]{9,})", done.stdout, re.MULTILINE)]
     assert len(sizes) == 4
@@ -98,3 +99,20 @@ def test_a_plan_measures_this_job_and_the_run_is_compared_with_it(place, cache, 
     trained = mpitrain(ranks, *words, "--train.max_steps", "9", "--out", "run", cwd=place, **cache)
     assert re.search(r"^forecast a step took [\d.]+ ms, and [\d.]+ were foretold", trained.stdout, re.M), trained.stdout
     assert "of the mean of the last 7 steps" in trained.stdout
+
+
+def test_a_schedule_of_ones_own_that_fits_no_ranks_is_told_as_for_a_run(place, cache):
+    (place / "own.csv").write_text("0F0,0B0\n1F0,1B0\n")
+    flags = ("--pipeline.schedule", "own.csv", "--train.micro_batches", "1")
+    done = mpitrain(1, "plan", "--ranks", "3", *flags, *FILE, cwd=place, **cache)
+    assert done.returncode == 64 and "2 pipe" in done.stderr and "3" in done.stderr, done.stderr
+
+
+def test_a_cache_that_cannot_be_written_does_not_spoil_a_plan(place, cache):
+    words = make_tiny(place / "tiny")
+    prepared = mpitrain(1, "prepare", *words, "--out", "shards", cwd=place, **cache)
+    assert prepared.returncode == 0, prepared.stderr
+    words[words.index("--data") + 1] = "shards"
+    (place / "file").write_text("no directory")
+    done = mpitrain(1, "plan", *words, cwd=place, MPITRAIN_CACHE=str(place / "file"))
+    assert done.returncode == 0 and "will not be compared with this plan" in done.stdout + done.stderr, done.stderr

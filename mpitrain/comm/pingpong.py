@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -15,6 +16,12 @@ from mpitrain.runtime.notes import note
 SHORT, LONG = 2, 1 << 20  # elements of 4 bytes
 TURNS = {SHORT: 100, LONG: 8}
 WARM_UP = 3
+
+
+def neighbours(leaders: list[int]) -> list[list[tuple[int, int]]]:
+    """Each with the next one, in two rounds in which nobody takes part twice."""
+    pairs = list(pairwise(leaders))
+    return [pairs[::2], pairs[1::2]]
 
 
 def ping_pong(comm: Comm, pairs: Sequence[tuple[int, int]], transport: Transport) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from mpitrain.doctor.judge_files import FREE, HELD, judge_directory, judge_hdf5,
 from mpitrain.errors import DataError
 from mpitrain.files import forget_cached, replace_file, sync, user_path
 from mpitrain.hdf5 import map_arrays
-from mpitrain.observe.record import LOCK, RunDirectory
+from mpitrain.observe.record import LOCK, TRIAL, RunDirectory
 from mpitrain.runtime.agree import attempt, share
 
 NUM_VALUES = 1 << 22  # of 8 bytes: long against opening a file, short against a slow file server
@@ -51,7 +51,7 @@ def _make(ground: Ground) -> list[Any]:
     """A run's directory, its place's full name, the kind of its file system, and how many bytes are free."""
     out = ground.config.out or Path()
     place = next((each for each in (out, *out.parents) if each.is_dir()), Path())  # --out itself a training makes
-    directory = RunDirectory(place / f".mpitrain-doctor-{secrets.token_hex(4)}")
+    directory = RunDirectory(place / f"{TRIAL}{secrets.token_hex(4)}")
     with user_path("--out", place):
         directory.create()
     status = os.statvfs(place)

@@ -11,6 +11,7 @@ from mpitrain.doctor.findings import Facts, Finding, bad, ok, warn
 from mpitrain.runtime.cores import are_crowded, ranges, shares
 
 MIB = 1 << 20
+MOST_SHOWN = 8  # ranks in a line
 
 
 def judge_program(programs: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> Finding:
@@ -193,7 +194,8 @@ def _judge_map(gpus: Sequence[Gpus], facts: Facts) -> Finding:
     if idle:
         advice = "start as many ranks on a node as it has GPUs"
         return warn("GPUs", f"{len(idle)} are idle, {idle[0]} among them", advice, facts)
-    texts = (f"rank {rank} {each.taken}" for rank, each in enumerate(gpus))
+    texts = [f"rank {rank} {each.taken}" for rank, each in enumerate(gpus[:MOST_SHOWN])]
+    texts += [f"and so on, one for each of {len(gpus)} ranks"] if len(gpus) > MOST_SHOWN else []
     return ok("GPUs", f"{gpus[0].visible[gpus[0].taken]}: {', '.join(texts)}", facts)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from statistics import median
 
 import torch
 
 from mpitrain.bench.allreduce import contenders, is_right
 from mpitrain.comm.buffers import Transport
-from mpitrain.comm.pingpong import ping_pong
+from mpitrain.comm.pingpong import neighbours, ping_pong
 from mpitrain.doctor.findings import Finding
 from mpitrain.doctor.ground import Ground, everywhere
 from mpitrain.doctor.judge_speed import judge_links, judge_products, judge_sums
@@ -36,12 +36,6 @@ def check_links(ground: Ground) -> list[Finding]:
         links = [link for pairs in rounds for link in ping_pong(ground.comm, pairs, ground.transport)]
         found.append(judge_links(check, links, ground.hosts, crowded=ground.cores.crowded))
     return found
-
-
-def neighbours(leaders: list[int]) -> list[list[tuple[int, int]]]:
-    """Each with the next one, in two rounds in which nobody takes part twice."""
-    pairs = list(pairwise(leaders))
-    return [pairs[::2], pairs[1::2]]
 
 
 def check_sums(ground: Ground) -> list[Finding]:

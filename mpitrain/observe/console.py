@@ -101,6 +101,7 @@ class Console:
         # A thread that draws would use the processor, and so be taken for work (`runtime.watchdog`).
         self._progress = Progress(*columns, console=self._rich, transient=True, auto_refresh=False, expand=True)
         self._progress.start()
+        self._rich.show_cursor(True)  # rich hides it, and a rank that is killed cannot show it again
         self._task = self._progress.add_task("training", total=total, completed=done, numbers="")
 
     def step(self, metrics: Mapping[str, Any], total: int, f1: float | None) -> None:
@@ -124,16 +125,16 @@ class Console:
         self.detail("", f"step {metrics['step']}, ms: {parts}")
 
     def _numbers(self, f1: float | None, wide: bool) -> str:
-        """The last loss; the speed of recent steps, and shares of them in which rank 0 waits, where these tell."""
+        """The last loss; of recent steps the speed, and the shares in which stages idle and rank 0 awaits sums."""
 
         def recent(part: str) -> float:
             return float(sum(metrics.get(part, 0.0) for metrics in self._recent))
 
         found = [f"loss {self._recent[-1]['loss']:.4f}", *([f"F1 {f1:.4f}"] if f1 is not None else [])]
         found += [f"{recent('tokens') / recent('seconds'):,.0f} {'tokens/s' if wide else 'tok/s'}"]
-        for name, part in (("bubble", "pipeline_wait"), ("reduce", "reduce")):
+        for part in ("bubble", "reduce"):
             share = recent(part) / recent("seconds")
-            found += [f"{name} {share:.0%}"] if share >= LEAST_SHARE else []
+            found += [f"{part} {share:.0%}"] if share >= LEAST_SHARE else []
         return ("  " if wide else " ").join(found)
 
     def stop_steps(self) -> None:

@@ -80,13 +80,24 @@ def by_start(starts: Sequence[Start], lines: Sequence[Line]) -> list[list[Line]]
     return found
 
 
+def scored_by(starts: Sequence[Start], evaluations: Sequence[Line]) -> list[list[Line]]:
+    """The scores of each start, which are told by its number: two may score the weights of one step."""
+    found: list[list[Line]] = [[] for _ in starts]
+    for line in evaluations:
+        number = int(amount(line, "start"))
+        if 0 < number <= len(starts):
+            found[number - 1].append(line)
+    return found
+
+
 def see(starts: Sequence[Start], lines: Sequence[Line], evaluations: Sequence[Line]) -> None:
     """Take up what lines tell: when the first step of each start began, and when the last start was still alive."""
     for start, own in zip(starts, by_start(starts, lines), strict=True):
         if own and step_of(own[0]) == start.step + 1 and amount(own[0], "elapsed"):
             start.start = _began(own[0])
     if starts:
-        signs = (amount(line, "elapsed") for each in (lines, evaluations) for line in by_start(starts, each)[-1])
+        last = (*by_start(starts, lines)[-1], *scored_by(starts, evaluations)[-1])
+        signs = (amount(line, "elapsed") for line in last)
         starts[-1].seconds = max(starts[-1].seconds, *signs, 0.0)
 
 
@@ -107,11 +118,13 @@ def _began(line: Line) -> float:
 def node_hours(starts: Sequence[Start], lines: Sequence[Line], evaluations: Sequence[Line]) -> dict[str, float]:
     """`used`, and its PARTS, which are disjoint and add up to it; `see` or `settle` comes before."""
     used, parts = 0.0, dict.fromkeys(PARTS, 0.0)
-    shares = zip(starts, by_start(starts, lines), by_start(starts, evaluations), strict=True)
+    shares = zip(starts, by_start(starts, lines), scored_by(starts, evaluations), strict=True)
     for number, (start, steps, scored) in enumerate(shares):
         hours = start.nodes / SECONDS_PER_HOUR
         used += hours * start.seconds
-        parts["restarts" if number else "start"] += hours * start.start
+        # Before its first step a start may do what the one before it was stopped at.
+        first = sum(amount(line, "seconds") for line in scored if step_of(line) == start.step)
+        parts["restarts" if number else "start"] += hours * max(0.0, start.start - first)
         parts["restarts"] += hours * start.lost
         parts["saves"] += hours * start.saves
         parts["evaluation"] += hours * sum(amount(line, "seconds") for line in scored)

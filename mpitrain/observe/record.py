@@ -18,10 +18,16 @@ from mpitrain.files import can_be_written, parse_json, replace_file
 from mpitrain.observe import ledger
 from mpitrain.observe.lines import Line, read_lines, step_of
 
+TRIAL = ".mpitrain-doctor-"  # what doctor's directories begin with
 STARTS, LOCK = "starts.json", "lock"
 METRICS, EVALUATIONS, LEDGER = "metrics.jsonl", "evaluations.jsonl", "ledger.json"
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
 SECONDS_FOR_A_PREDECESSOR = 10  # a job that was killed may take a moment to be gone
+
+
+def is_trial(place: Path) -> bool:
+    """Whether `mpitrain doctor` has left it."""
+    return place.name.startswith(TRIAL)
 
 
 class RunDirectory:
@@ -33,6 +39,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.token = secrets.token_hex(8)  # of whoever has made it
         self._lock: TextIO | None = None
+        self._number = 0
 
     def create(self) -> None:
         """Make the directory and its parents, and keep others from writing into it for as long as this object lives.
@@ -40,7 +47,7 @@ class RunDirectory:
         Raises:
             UsageError: it holds something else than a run, or another job writes to it.
         """
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.checkpoints.is_dir():
+        if self.path.is_dir() and not all(map(is_trial, self.path.iterdir())) and not self.checkpoints.is_dir():
             raise UsageError(f"--out {self.path}: holds other things than a run; give a new or an empty directory")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = lock = (self.path / LOCK).open("a+", encoding="utf-8")
@@ -80,13 +87,15 @@ class RunDirectory:
         """Go on from `step`, `seconds` after this program's start; drop the lines of steps that will be done again."""
         starts, lines, evaluations = self._account()
         ledger.settle(starts, lines, evaluations, step)
-        starts.append(ledger.Start(step=step, ranks=ranks, nodes=nodes, start=seconds, seconds=seconds))
-        self.write(LEDGER, ledger.STARTS.dump_python(starts))
+        self.write(LEDGER, ledger.STARTS.dump_python(starts))  # a death until the last line below must not count twice
         with can_be_written(self.path):
             for name, found in ((METRICS, lines), (EVALUATIONS, evaluations)):
                 kept = (json.dumps(line) for line in found if step_of(line) <= step)
                 replace_file(self.path / name, "".join(f"{line}\n" for line in kept))
             (self.path / "exit.json").unlink(missing_ok=True)
+        starts.append(ledger.Start(step=step, ranks=ranks, nodes=nodes, start=seconds, seconds=seconds))
+        self.write(LEDGER, ledger.STARTS.dump_python(starts))
+        self._number = len(starts)
 
     def count_start(self, step: int) -> int:
         """How many starts in a row have begun at this step, this one included; none of those before came to an end."""
@@ -108,8 +117,8 @@ class RunDirectory:
         self._append(METRICS, metrics)
 
     def add_evaluation(self, scores: dict[str, Any]) -> None:
-        """Append a line for a split that was scored."""
-        self._append(EVALUATIONS, scores)
+        """Append a line for a split that was scored, with the number of the start that has done so."""
+        self._append(EVALUATIONS, {"start": self._number, **scores})
 
     def _append(self, name: str, line: Line) -> None:
         path = self.path / name

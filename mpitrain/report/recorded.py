@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpitrain.config import flat
 from mpitrain.errors import DataError
 from mpitrain.files import parse_json
 from mpitrain.observe.ledger import Start, node_hours, read_starts, see
@@ -62,7 +63,8 @@ class Recorded:
 
     def settings(self) -> dict[str, Any]:
         """The configuration by dotted names."""
-        return dict(_flat(self.asked("config")))
+        asked = self.asked("config")
+        return flat(asked) if isinstance(asked, dict) else {}
 
     def dev(self) -> list[Line]:
         """Scores of dev, of each step whose weights were scored, in their order."""
@@ -205,14 +207,6 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def _flat(table: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items() if isinstance(table, dict) else ():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def clean(value: Any) -> str:

@@ -140,6 +140,11 @@ def die_unless_done_in(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
+def patience(hang_timeout: float) -> float:
+    """Seconds for ranks to part, or to come together anew, where nobody watches; 0 is for ever."""
+    return max(hang_timeout, SECONDS_TO_LEAVE) if hang_timeout else 0
+
+
 def seconds_since_start() -> float | None:
     """Since this process was started, imports and MPI's start included; None where that is not told."""
     started = start_of(os.getpid())

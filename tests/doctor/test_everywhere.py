@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mpitrain.comm.pingpong import neighbours
 from mpitrain.doctor.ground import everywhere
-from mpitrain.doctor.speed import neighbours
 from mpitrain.errors import MpitrainError
 
 

@@ -10,7 +10,15 @@ import pytest
 from mpitrain.observe.console import Console
 
 METRICS = {"step": 0, "epoch": 11, "loss": 0.123456, "tokens": 41_000, "seconds": 0.5, "tokens_per_second": 82_000.0}
-METRICS |= {"data": 0.01, "forward_backward": 0.3, "pipeline_wait": 0.1, "reduce": 0.05, "update": 0.04, "save": 0.0}
+METRICS |= {
+    "data": 0.01,
+    "forward_backward": 0.3,
+    "pipeline_wait": 0.3,
+    "bubble": 0.1,
+    "reduce": 0.05,
+    "update": 0.04,
+    "save": 0.0,
+}
 
 
 def a_console(width: int | None, level: str = "info") -> tuple[Console, io.StringIO]:
@@ -43,7 +51,7 @@ def test_in_a_file_progress_is_a_line_now_and_then_and_no_bar():
     console, written = a_console(None)
     console.start_steps(0, 100)
     for step in range(1, 101):
-        console.step(METRICS | {"step": step, "pipeline_wait": 0.0}, 100, None)
+        console.step(METRICS | {"step": step, "bubble": 0.0}, 100, None)
     lines = written.getvalue().splitlines()
     assert [line.split()[:2] for line in lines] == [["step", "1/100"], ["step", "100/100"]]
     assert "bubble" not in lines[0] and "F1" not in lines[0] and "\x1b" not in written.getvalue()

@@ -39,7 +39,7 @@ def in_seconds(found: dict[str, float]) -> dict[str, float]:
 
 def test_the_parts_of_a_start_are_disjoint_and_add_up_to_its_time():
     starts, lines = [begun_at(0, 18)], steps(1, 4, elapsed=30)
-    scored = [{"step": 4, "seconds": 5.0, "elapsed": 70.0}]
+    scored = [{"start": 1, "step": 4, "seconds": 5.0, "elapsed": 70.0}]
     see(starts, lines, scored)
     starts[0].seconds, starts[0].saves = 100, 3.0
     assert in_seconds(node_hours(starts, lines, scored)) == pytest.approx(
@@ -60,7 +60,7 @@ def test_the_parts_of_a_start_are_disjoint_and_add_up_to_its_time():
 
 def test_steps_that_are_done_again_are_lost_with_all_that_came_after_them():
     starts, lines = [begun_at(0, 18)], steps(1, 4, elapsed=30)
-    settle(starts, lines, [{"step": 4, "seconds": 1.0, "elapsed": 80.0}], 2)
+    settle(starts, lines, [{"start": 1, "step": 4, "seconds": 1.0, "elapsed": 80.0}], 2)
     again = begun_at(2, 7)
     kept, new = lines[:2], steps(3, 6, elapsed=18)
     found = [*starts, again]
@@ -70,6 +70,18 @@ def test_steps_that_are_done_again_are_lost_with_all_that_came_after_them():
     assert told["restarts"] == pytest.approx(38 + 8)
     assert told["start"] == 20 and told["computing"] == pytest.approx(6 * 5)
     assert told["used"] == pytest.approx(80 + 51)
+
+
+def test_scores_that_a_start_makes_up_for_before_its_first_step_count_once_and_as_its_own():
+    starts, lines = [begun_at(0, 18)], steps(1, 2, elapsed=30)  # stopped while it scored, at 45 s
+    starts[0].seconds = 45
+    settle(starts, lines, [], 2)
+    starts.append(begun_at(2, 9))
+    scored = [{"start": 2, "step": 2, "seconds": 15.0, "elapsed": 24.0}]
+    lines += steps(3, 3, elapsed=36)
+    see(starts, lines, scored)
+    told = in_seconds(node_hours(starts, lines, scored))
+    assert (told["evaluation"], told["restarts"], told["used"]) == pytest.approx((15, 26 - 15, 45 + 36))
 
 
 def test_a_start_that_falls_back_behind_others_takes_their_steps_from_all_of_them():
@@ -88,7 +100,9 @@ def test_a_start_that_falls_back_behind_others_takes_their_steps_from_all_of_the
 values = st.none() | st.floats() | st.integers() | st.text(max_size=2)
 line = st.fixed_dictionaries(
     {"step": st.integers(1, 30)},
-    optional=dict.fromkeys(("elapsed", "seconds", "work", "passes", "bubble", "copy", "save", "tokens"), values),
+    optional=dict.fromkeys(
+        ("start", "elapsed", "seconds", "work", "passes", "bubble", "copy", "save", "tokens"), values
+    ),
 )
 
 
