@@ -21,7 +21,8 @@ def curves_of(run) -> dict[str, list[tuple[int, float]]]:
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
     place = tmp_path_factory.mktemp("board")
-    line, environment = [*make_tiny(place), *FLAGS, "--checkpoint.every", "2"], {"MPITRAIN_CACHE": str(place / "cache")}
+    line = [*make_tiny(place), *FLAGS, "--checkpoint.every", "2", "--checkpoint.async", "false"]
+    environment = {"MPITRAIN_CACHE": str(place / "cache")}
     died = mpitrain(
         2, *line, "--checkpoint.best", "false", cwd=place, MPITRAIN_FAILPOINT="reduce:0:4=raise", **environment
     )
