@@ -15,7 +15,6 @@ from mpitrain.config import Config
 from mpitrain.errors import ExitCode, MpitrainError, UsageError, on_all_ranks
 from mpitrain.observe.console import Console
 from mpitrain.runtime import launch
-from mpitrain.runtime.launch import StopRequest, birth
 from mpitrain.runtime.watchdog import Watch
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class Job:
     world: Any
     watch: Watch
     console: Console
-    stop: StopRequest
+    stop: launch.StopRequest
     arguments: list[str]
 
 
@@ -49,7 +48,7 @@ def _train(job: Job, options: argparse.Namespace, settings: Config) -> int:
             )
         )
     job.console.say("mpitrain", __version__)
-    again, num_ranks, born = settings, job.world.size, birth()
+    again, num_ranks, born = settings, job.world.size, launch.birth()
     while True:
         try:
             code, directory = train(job.world, again, job.console, job.stop, born)

@@ -19,7 +19,7 @@ from mpitrain.machine import Load, Machine
 from mpitrain.model.card import ModelCard
 from mpitrain.model.cost import block_costs
 from mpitrain.pipeline.messages import program
-from mpitrain.pipeline.prove import Times, play
+from mpitrain.pipeline.prove import Proof, Times, play
 from mpitrain.split import part
 
 EXCHANGES = 8  # of rows, of a layer and micro-batch (`model.tensor_parallel`)
@@ -169,15 +169,27 @@ def play_passes(
     """
     mine = part(0, num_micro_batches, arrangement.data)[1]
     whole = [a + b for a, b in zip(computing, exchanging, strict=True)]
-    thirds = [each / (1 + BACKWARD) for each in whole]
-    times = Times([each + message for each in thirds], [BACKWARD * each + message for each in thirds], thirds)
-    told = [program(arrangement.schedule, stage, mine) for stage in range(arrangement.pipe)]
-    proof = play(told, mine, placement=arrangement.schedule.placement, times=times, blocking_sends=False)
+    proof = play_schedule(arrangement, mine, whole, message)
     # What the average rank of a node has to do, as far as they are more than processors.
     crowded = max(1.0, crowd * num_micro_batches / (mine * arrangement.data))
     busy = crowded * sum(proof.busy) / arrangement.pipe
     compute = crowded * mine * sum(computing) / arrangement.pipe
     return {"compute": compute, "bubble": max(0.0, proof.makespan - busy), "messages": max(0.0, busy - compute)}
+
+
+def play_schedule(arrangement: Arrangement, mine: int, chunks: Sequence[float], message: float = 0.0) -> Proof:
+    """Play the schedule of a replica.
+
+    Args:
+        arrangement: whose schedule it is.
+        mine: micro-batches of the replica.
+        chunks: time of each, forward and backward.
+        message: time with which a pass ends.
+    """
+    thirds = [each / (1 + BACKWARD) for each in chunks]
+    times = Times([each + message for each in thirds], [BACKWARD * each + message for each in thirds], thirds)
+    told = [program(arrangement.schedule, stage, mine) for stage in range(arrangement.pipe)]
+    return play(told, mine, placement=arrangement.schedule.placement, times=times, blocking_sends=False)
 
 
 def exchange_seconds(machine: Machine, config: Config, card: ModelCard, tokens: float, tensor: int) -> float:

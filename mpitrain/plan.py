@@ -10,24 +10,22 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from mpitrain.arrange import name_blocks, read_table
+from mpitrain.arrange import Arrangement, name_blocks, read_table
 from mpitrain.config import Config, flags_of
 from mpitrain.dataset.loader import open_split
 from mpitrain.dataset.sequences import Sequences
 from mpitrain.errors import DataError, UsageError, on_all_ranks
 from mpitrain.files import replace_file
 from mpitrain.fit import block_sizes, gib, state_bytes
-from mpitrain.forecast import TERMS, Forecast, forecasts
+from mpitrain.forecast import TERMS, Forecast, forecasts, play_schedule
 from mpitrain.gauge import gauge
 from mpitrain.machine import Load, Machine, kept_file, read_machine
-from mpitrain.model.card import ModelCard
 from mpitrain.model.cost import block_costs
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.draw import LEGEND, text, write
-from mpitrain.pipeline.messages import program
-from mpitrain.pipeline.prove import Proof, Times, play
+from mpitrain.pipeline.prove import Proof
 from mpitrain.problem import Problem, find_problem
-from mpitrain.runtime.agree import Comm, attempt, share, together
+from mpitrain.runtime.agree import Comm, attempt_at_root, together
 from mpitrain.split import part
 
 COLUMNS = 96
@@ -68,14 +66,14 @@ def plan(
             found = forecasts(machine, load, config, problem.card, num_labels, table)
             console.show(table_of(config, load, found))
             _say_best(console, load, found[0], fields)
-            _say_stages(console, config, problem, found[0])
+            proof = _say_stages(console, config, problem, found[0].arrangement)
             if config.machine is None:
                 _keep(machine, config, num_ranks, console)
             if config.out is not None:
                 machine.write(config.out / "machine.toml")
                 replace_file(config.out / "plan.json", json.dumps([each.document() for each in found], indent=1) + "\n")
             if show_schedule:
-                _show(console, config.out, found[0], problem, config)
+                _show(console, config.out, found[0].arrangement, proof)
 
 
 def _keep(machine: Machine, config: Config, num_ranks: int, console: Console) -> None:
@@ -91,8 +89,7 @@ def find_machine(
     """Of `--machine`, or of this job; who plans on one rank means a job on its node (collective)."""
     if config.machine is not None:
         file = config.machine
-        told = attempt(comm, "reading --machine", lambda: read_machine(file).model_dump() if comm.rank == 0 else None)
-        return Machine(**share(comm, told))
+        return Machine(**attempt_at_root(comm, "reading --machine", lambda: read_machine(file).model_dump()))
     console.say("measure", f"{config.model} on {comm.size} rank(s) here, some steps of each kind of mesh")
     machine = gauge(comm, config, problem, split)
     return machine.model_copy(update={"ranks_per_node": num_ranks} if comm.size == 1 else {})
@@ -137,21 +134,16 @@ def _say_best(console: Console, load: Load, best: Forecast, fields: Sequence[str
     console.say("run", f"mpirun -np {load.ranks} python -m mpitrain {shlex.join([*same, *axes.split()])}")
 
 
-def prove(best: Forecast, card: ModelCard, config: Config, problem: Problem) -> Proof:
+def prove(arrangement: Arrangement, mine: int, problem: Problem) -> Proof:
     """Play the schedule, times in proportion to the cost of each chunk; all blocks, forward and backward, take 1."""
-    arrangement = best.arrangement
-    costs = block_costs(card, len(problem.label_names), problem.mean_length)
-    chunks = [sum(costs[first:last]) / sum(costs) for first, last in arrangement.chunks]
-    times = Times([chunk / 3 for chunk in chunks], [2 * chunk / 3 for chunk in chunks], [chunk / 3 for chunk in chunks])
-    mine = part(0, config.train.micro_batches, arrangement.data)[1]
-    told = [program(arrangement.schedule, stage, mine) for stage in range(arrangement.pipe)]
-    return play(told, mine, placement=arrangement.schedule.placement, times=times, blocking_sends=False)
+    costs = block_costs(problem.card, len(problem.label_names), problem.mean_length)
+    return play_schedule(arrangement, mine, [sum(costs[first:last]) / sum(costs) for first, last in arrangement.chunks])
 
 
-def _say_stages(console: Console, config: Config, problem: Problem, best: Forecast) -> None:
-    arrangement, card, num_labels = best.arrangement, problem.card, len(problem.label_names)
-    proof = prove(best, card, config, problem)
+def _say_stages(console: Console, config: Config, problem: Problem, arrangement: Arrangement) -> Proof:
+    card, num_labels = problem.card, len(problem.label_names)
     num_micro_batches = part(0, config.train.micro_batches, arrangement.data)[1]
+    proof = prove(arrangement, num_micro_batches, problem)
     console.say(
         "stages",
         f"{arrangement.schedule.name}, up to {num_micro_batches} micro-batches a replica and step; "
@@ -174,10 +166,10 @@ def _say_stages(console: Console, config: Config, problem: Problem, best: Foreca
         table.add_row(str(stage), name_blocks(chunks, card), *numbers)
     console.show(table)
     console.say("", "parameters and state (weights, gradients, optimizer) of each rank of a stage")
+    return proof
 
 
-def _show(console: Console, out: Path | None, best: Forecast, problem: Problem, config: Config) -> None:
-    arrangement, proof = best.arrangement, prove(best, problem.card, config, problem)
+def _show(console: Console, out: Path | None, arrangement: Arrangement, proof: Proof) -> None:
     placement = arrangement.schedule.placement
     console.show(Text(text(proof, placement, COLUMNS / proof.makespan if proof.makespan else 1.0)))
     console.show(Text(f"{LEGEND}{'; below: the chunk' if placement.num_chunks > 1 else ''}", style="dim"))

@@ -74,7 +74,7 @@ def _stack_bars(axes: Any, runs: Sequence[Recorded], parts: list[dict[str, float
 
 def hours(axes: Any, runs: Sequence[Recorded]) -> bool:
     """A bar for each run: shares of its node-hours."""
-    told = [run.node_hours() for run in runs]
+    told = [run.node_hours for run in runs]
     if not all(each.get("used") for each in told):
         return False
     shares = [{name: 100 * each[name] / each["used"] for name in HOURS} for each in told]

@@ -28,7 +28,7 @@ class Fact(NamedTuple):
 
 def facts(run: Recorded) -> dict[str, Fact]:
     """The summary of a run; the first four are what people ask for."""
-    best, cost = run.best(), run.node_hours()
+    best, cost = run.best(), run.node_hours
     return {
         "Best F1 on dev": Fact(percent(best["f1_conlleval"] if best else math.nan), _told_of(run, best)),
         "Speed": Fact(_speed(run), f"and {percent(_padding(run))} % padding beside them"),
@@ -154,7 +154,7 @@ def _count(number: float) -> str:
 
 def hour_bars(runs: Sequence[Recorded]) -> list[tuple[str, list[tuple[str, str, float]]]]:
     """For each run that has an account: its name, and (part, colour, percent of its node-hours)."""
-    told = [(run.name, run.node_hours()) for run in runs]
+    told = [(run.name, run.node_hours) for run in runs]
     return [
         (name, [(part, HOURS[part], 100 * each[part] / each["used"]) for part in PARTS])
         for name, each in told
@@ -164,7 +164,7 @@ def hour_bars(runs: Sequence[Recorded]) -> list[tuple[str, list[tuple[str, str, 
 
 def hour_table(runs: Sequence[Recorded]) -> list[tuple[str, list[str], str]]:
     """For each part of node-hours: its name, a cell for each run, and what counts as such."""
-    told = [run.node_hours() for run in runs]
+    told = [run.node_hours for run in runs]
     if not any(told):
         return []
 

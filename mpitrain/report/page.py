@@ -31,7 +31,7 @@ def render(runs: Sequence[Recorded], sections: dict[str, list[Picture]]) -> str:
     return template.render(
         title=" · ".join(run.name for run in runs),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        colors={role: (light, dark) for role, (light, dark) in COLORS.items()},
+        colors=COLORS,
         runs=[(run.name, color_of(number), *facts.state(run)) for number, run in enumerate(runs)],
         notes=[(run.name, note) for run in runs for note in run.notes],
         facts={name: [each[name] for each in told] for name in told[0]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ class Recorded:
                 return split, {kind: {score: number(each, score) for score in SCORES} for kind, each in told}
         return "", {}
 
+    @cached_property
     def node_hours(self) -> dict[str, float]:
         """See `observe.ledger`; empty if there is no account."""
         return node_hours(self.starts, self.lines, self.evaluations) if self.starts else {}
