@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from mpitrain.bench.facts import describe_machine
 from mpitrain.config import Config
@@ -19,7 +19,7 @@ from mpitrain.runtime.agree import Comm
 from mpitrain.runtime.notes import State, note
 
 HANG_TIMEOUT = 60.0  # seconds without progress of any rank, unless --runtime.hang_timeout says otherwise
-CHECKS: dict[tuple[str, ...], Callable[[Ground], list[Finding]]] = {
+CHECKS: dict[tuple[str, ...], Callable[[Ground], Iterable[Finding]]] = {
     ("MPI", "threads", "launcher"): check_start,
     ("program",): check_program,
     ("binding", "cores"): check_cores,
@@ -46,17 +46,19 @@ def doctor(comm: Comm, config: Config, console: Console, *, as_json: bool) -> in
     return report.end({"started": True, **facts, "seconds": seconds}, as_json=as_json)
 
 
-def _attempt(ground: Ground, names: tuple[str, ...], check: Callable[[Ground], list[Finding]]) -> list[Finding]:
-    """What a check finds; what kept all ranks from it is a finding, too."""
+def _attempt(ground: Ground, names: tuple[str, ...], check: Callable[[Ground], Iterable[Finding]]) -> Iterator[Finding]:
+    """What a check finds; what kept all ranks from one of its lines is a finding, too."""
+    left = list(names)
     try:
-        return check(ground)
+        for finding in check(ground):
+            left.remove(finding.check)
+            yield finding
     except MpitrainError as error:
         if not error.agreed:
             raise
-        first, *others = names
+        first, *others = left
         code = error.code if error.code == ExitCode.FAULT else ExitCode.USAGE
         found, _, advice = str(error).partition("; ")
-        return [
-            bad(first, found, advice, code=code),
-            *(warn(name, "not checked", f"mend the line {first!r} first") for name in others),
-        ]
+        yield bad(first, found, advice, code=code)
+        for name in others:
+            yield warn(name, "not checked", f"mend the line {first!r} first")

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ NUM_VALUES = 1 << 22  # of 8 bytes: long against opening a file, short against a
 PUT_IN_PLACE = "in-place"
 
 
-def check_files(ground: Ground) -> list[Finding]:
+def check_files(ground: Ground) -> Iterator[Finding]:
     """Write into a directory of its own in --out, or where that will be, and have all ranks look (collective)."""
     comm = ground.comm
     made, *told = attempt(comm, "making a directory", lambda: _make(ground) if comm.rank == 0 else [None])
@@ -34,17 +35,16 @@ def check_files(ground: Ground) -> list[Finding]:
     directory = made or RunDirectory(Path(path))
     try:
         seen = everywhere(comm, f"looking for {path}", lambda: directory.is_seen(token))
-        found = [judge_directory(place, kind, free, seen, ground.hosts)]
+        yield judge_directory(place, kind, free, seen, ground.hosts)
         here = seen[comm.rank]
         locks = everywhere(comm, f"locking {path}", lambda: _ask_for_lock(directory.path) if here else HELD)
-        found.append(judge_locks(locks, ground.hosts))
-        found.append(_check_rename(ground, directory.path, seen))
-        found.append(_check_hdf5(ground, directory.path, seen))
+        yield judge_locks(locks, ground.hosts)
+        yield _check_rename(ground, directory.path, seen)
+        yield _check_hdf5(ground, directory.path, seen)
     finally:
         if made is not None:
             made.release()
             shutil.rmtree(made.path, ignore_errors=True)
-    return found
 
 
 def _make(ground: Ground) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from textwrap import wrap
 from typing import Any
@@ -27,15 +28,15 @@ class Report:
         self._console = console
         self.findings: list[Finding] = []
 
-    def add(self, findings: list[Finding]) -> None:
+    def add(self, findings: Iterable[Finding]) -> None:
         """Tell them, with lines of one paragraph below each other."""
         for finding in findings:
+            self.findings.append(finding)
             head = Text.assemble((f"{finding.verdict:<5}", STYLES[finding.verdict]), (f"{finding.check:<14}", "bold"))
             for text in [finding.found, *([f"-> {finding.advice}"] if finding.advice else [])]:
                 for line in wrap(text, max(NARROWEST, self._console.width - INDENT), break_on_hyphens=False):
                     self._console.show(Text.assemble(head or " " * INDENT, line))
                     head = Text()
-        self.findings += findings
 
     def end(self, facts: dict[str, Any], *, as_json: bool) -> int:
         """Sum it up, and write the document to standard output if it is wanted; the exit code."""

@@ -47,14 +47,14 @@ SCRIPT = """
 import errno, fcntl, os, signal, sys, time
 from mpitrain import cli
 from mpitrain.comm import native
-from mpitrain.doctor import node
+from mpitrain.doctor import files, node
 from mpitrain.runtime.agree import MPI
 
 def on_rank_1(misfortune):
     def have(*arguments):
         if MPI.COMM_WORLD.rank == 1:
             misfortune()
-        return [0]
+        return [[0]]
     return have
 
 def raise_(error):
@@ -245,6 +245,14 @@ def test_a_check_that_fails_on_one_rank_is_told_and_the_others_go_on(tmp_path):
     verdicts, document = examined(done)
     assert verdicts["binding"] == "bad" and verdicts["cores"] == "warn" and set(verdicts) == CHECKS
     assert "rank 1, while looking at cores: ValueError: no such core" in words_of(document, "binding")
+
+
+def test_a_check_that_fails_is_told_at_its_own_line(tmp_path):
+    done = patched(tmp_path, 2, "files._rename = lambda *arguments: raise_(OSError('no such thing'))")
+    assert done.returncode == FAULT, done.stdout + done.stderr
+    verdicts, document = examined(done)
+    assert [verdicts[name] for name in ("run directory", "locks", "rename", "HDF5")] == ["ok", "ok", "bad", "warn"]
+    assert "OSError: no such thing" in words_of(document, "rename") and set(verdicts) == CHECKS
 
 
 @pytest.mark.parametrize(
