@@ -17,13 +17,14 @@ from pathlib import Path
 from mpitrain.config import Config, flags_of
 from mpitrain.errors import UsageError
 from mpitrain.files import user_path
+from mpitrain.runtime.library import family_of
 from mpitrain.sections import seconds_of
 from mpitrain.shelf import shelves
 
 FLAGS = {"--scheduler", "--nodes", "--ranks-per-node", "--cores-per-rank", "--gpus-per-node", "--time"}
 FLAGS |= {"--account", "--queue", "--partition", "--mpi", "--script"}
 SUBMIT = {"slurm": "sbatch {}", "pbs": "qsub {}", "lsf": "bsub < {}", "flux": "flux batch {}"}
-FAMILIES = ("mpich", "intel", "openmpi", "cray", "spectrum")
+FAMILIES = {"Intel MPI": "intel", "Open MPI": "openmpi", "Cray MPICH": "cray", "Spectrum MPI": "spectrum"}
 OF_THE_SCRIPT = ("--data", "--out")  # fields that have lines of their own there
 SECONDS_TO_STOP = 180  # between USR1 and the end, in jobs that are long enough
 
@@ -38,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
     parser.add_argument("--time", type=_seconds, required=True, metavar="[D-]HH:MM:SS", help="of each start of the job")
     parser.add_argument("--account", type=_word, metavar="NAME", help="project that pays")
     parser.add_argument("--queue", "--partition", type=_word, metavar="NAME", help="to wait in")
-    parser.add_argument("--mpi", choices=FAMILIES, help="whose launcher starts the ranks (default: that of this MPI)")
+    families = ("mpich", *FAMILIES.values())
+    parser.add_argument("--mpi", choices=families, help="whose launcher starts the ranks (default: that of this MPI)")
     parser.add_argument("--script", type=Path, metavar="FILE", help="write it there (default: print it)")
 
 
@@ -84,9 +86,8 @@ def write_script(options: argparse.Namespace, settings: Config, fields: Sequence
 
 
 def family(library: str) -> str:
-    """Which of FAMILIES an MPI library belongs to."""
-    names = {"Open MPI": "openmpi", "Intel": "intel", "CRAY": "cray", "Spectrum": "spectrum"}
-    return next((found for name, found in names.items() if name in library), "mpich")
+    """How the scripts call the one that an MPI library is of; all that they do not know start ranks as MPICH does."""
+    return FAMILIES.get(family_of(library), "mpich")
 
 
 def fill(options: argparse.Namespace, settings: Config, fields: Sequence[str], mpi: str) -> str:

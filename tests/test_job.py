@@ -110,6 +110,7 @@ def test_short_jobs_are_warned_in_time(tmp_path):
         ("Open MPI v5.0.11", "openmpi"),
         ("Intel(R) MPI Library 2021.16 for Linux* OS", "intel"),
         ("MPI VERSION : CRAY MPICH version 8.1.32", "cray"),
+        ("IBM Spectrum MPI v10.4.0.6, Open MPI ident: 4.0.3rc1", "spectrum"),
         ("MVAPICH 4.0", "mpich"),
     ],
 )

@@ -22,8 +22,9 @@ SHARED_MEMORY = Path("/dev/shm")  # where MPICH and Open MPI keep windows
 BUFFERS, BUFFERS_OF_A_RANK = 6 * MIB, 7 * MIB  # MPICH 5.0.2 takes 5.3 MiB a rank, and may crash with little more
 SEES_PMIX = (5,)  # the first MPICH that minds the variables of a launcher that speaks PMIx
 
-# What a library says of itself; those that are made of MPICH come before it.
+# What a library says of itself; those that are made of another come before it.
 FAMILIES = {
+    "spectrum": "Spectrum MPI",
     "open mpi": "Open MPI",
     "cray mpich": "Cray MPICH",
     "intel(r) mpi": "Intel MPI",
@@ -158,7 +159,7 @@ def require_room(mpi: Any, num_ranks: int) -> None:
         StartError: says how much there is, and how much is needed.
     """
     lack = lack_of_room(num_ranks)
-    if lack and family_of(mpi.Get_library_version()) != "Open MPI":  # which does without
+    if lack and family_of(mpi.Get_library_version()) not in ("Open MPI", "Spectrum MPI"):  # which do without
         raise StartError("shared memory", lack)
 
 
