@@ -39,12 +39,12 @@ class Node:
 
     Attributes:
         masks: cores that each rank is bound to.
-        usable: those that the job may use there.
+        usable: those that the job may use there, of each its hardware threads.
     """
 
     host: str
     masks: list[list[int]]
-    usable: list[int]
+    usable: list[list[int]]
 
     @property
     def held(self) -> list[int]:
@@ -53,8 +53,8 @@ class Node:
 
     @property
     def idle(self) -> list[int]:
-        """Cores that no rank is bound to."""
-        return sorted(set(self.usable) - set(self.held))
+        """Cores that no rank is bound to; one of whose hardware threads a rank has is at work."""
+        return sorted(chain(*(core for core in self.usable if not {*core} & {*self.held})))
 
 
 def judge_binding(nodes: Sequence[Node]) -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ def check_program(ground: Ground) -> list[Finding]:
 def check_cores(ground: Ground) -> list[Finding]:
     """Where ranks are, and how many cores each has (collective)."""
 
-    def measure() -> list[list[int]]:
+    def measure() -> list[Any]:
         return [sorted(os.sched_getaffinity(0)), usable_cores()]
 
     found, cores = everywhere(ground.comm, "looking at cores", measure), ground.cores

@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
 from itertools import chain, groupby
+from pathlib import Path
 
 Masks = Sequence[Sequence[int]]  # the cores that each rank of a node is bound to
+SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 def shares(masks: Masks) -> list[Fraction]:
@@ -30,13 +32,27 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def usable_cores() -> list[int]:
-    """All cores that this job may use on this node, whatever this process is bound to.
+def usable_cores() -> list[list[int]]:
+    """All cores that this job may use on this node, whatever this process is bound to; of each, its hardware threads.
 
     A thread of its own asks for all cores and is given those of the job's control group (sched_setaffinity(2)).
     """
     with ThreadPoolExecutor(1) as other:
-        return other.submit(_unbound).result()
+        usable = other.submit(_unbound).result()
+    return [[thread for thread in core if thread in usable] for core in sorted(set(map(_core_of, usable)))]
+
+
+def _core_of(thread: int) -> tuple[int, ...]:
+    """The hardware threads of the core that this one is of; this one alone where the system does not tell."""
+    with suppress(OSError):
+        return read_ranges(Path(SIBLINGS.format(thread)).read_text())
+    return (thread,)
+
+
+def read_ranges(text: str) -> tuple[int, ...]:
+    """The numbers of runs such as 0-3,8."""
+    runs = [run.split("-") for run in text.strip().split(",")]
+    return tuple(chain(*(range(int(run[0]), int(run[-1]) + 1) for run in runs)))
 
 
 def _unbound() -> list[int]:

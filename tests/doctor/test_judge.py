@@ -44,6 +44,8 @@ BINDINGS = {
     "shared": ([[0, 1, 2, 3]] * 4, range(4), "ok"),
     "all that the job has": ([[4]], [4], "ok"),
     "some are idle": ([[0], [1]], range(64), "warn"),
+    "hardware threads, one of each core": ([[0], [1]], [[0, 2], [1, 3]], "ok"),
+    "hardware threads, and a core is idle": ([[0], [3]], [[0, 3], [1, 4]], "warn"),
     "more ranks than cores, and all are used": ([[0, 1]] * 8, range(2), "ok"),
     "more ranks than cores, and some are idle": ([[0]] * 8, range(2), "bad"),
     "two on one core, and others are idle": ([[0], [0], [1]], range(4), "bad"),
@@ -53,14 +55,15 @@ BINDINGS = {
 @pytest.mark.parametrize("name", BINDINGS)
 def test_ranks_that_crowd_while_cores_are_idle_are_badly_bound(name):
     masks, usable, verdict = BINDINGS[name]
-    fine = Node("node1", [[0, 1]], [0, 1])
-    found = judge_binding([fine, Node("node2", masks, list(usable))])
+    fine = Node("node1", [[0, 1]], [[0], [1]])
+    cores = [core if isinstance(core, list) else [core] for core in usable]
+    found = judge_binding([fine, Node("node2", masks, cores)])
     assert found.verdict == verdict and (found.advice == "") == (verdict == "ok")
     assert verdict == "ok" or "of node2 " in found.found
 
 
 def test_a_crowded_node_comes_before_one_that_is_only_wasteful():
-    found = judge_binding([Node("node1", [[0]], [0, 1]), Node("node2", [[0], [0]], [0, 1])])
+    found = judge_binding([Node("node1", [[0]], [[0], [1]]), Node("node2", [[0], [0]], [[0], [1]])])
     assert (found.verdict, found.found) == (
         "bad", "2 rank(s) of node2 share core(s) 0, while core(s) 1 of this job are idle"
     )  # fmt: skip
@@ -77,7 +80,8 @@ def test_a_crowded_node_comes_before_one_that_is_only_wasteful():
     ],
 )
 def test_too_few_cores_are_told(masks, excess, misread, verdict, words):
-    found = judge_cores([Node("node1", [[0, 1]], [0, 1]), Node("node2", masks, [0, 1, 2, 3])], 2, excess, misread)
+    nodes = [Node("node1", [[0, 1]], [[0], [1]]), Node("node2", masks, [[0], [1], [2], [3]])]
+    found = judge_cores(nodes, 2, excess, misread)
     assert found.verdict == verdict and words in found.found
 
 
