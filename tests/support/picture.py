@@ -1,7 +1,8 @@
 """A picture of what a command shows on a terminal, as SVG: `python tests/support/picture.py out.svg 100 8 mpirun ...`.
 
-Runs the command on a pseudo-terminal of so many columns for at most so many seconds, plays what it writes as a terminal
-would, as far as our output needs it (carriage return, erase a line, a line up), and draws what is there at the end.
+The word `light` before the command draws a terminal with a white ground. Runs the command on a pseudo-terminal of so
+many columns for at most so many seconds, plays what it writes as a terminal would, as far as our output needs it
+(carriage return, erase a line, a line up), and draws what is there at the end.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME
 from rich.text import Text
 
 
@@ -61,12 +63,14 @@ def play(written: str) -> list[str]:
 
 def main() -> None:
     out, columns, seconds, *command = sys.argv[1:]
+    light = command[0] == "light"
+    command = command[light:]
     lines = play(watch(command, int(columns), float(seconds)))
     console = Console(record=True, width=int(columns), file=io.StringIO(), force_terminal=True)
     for line in lines:
         console.print(Text.from_ansi(line), no_wrap=True, overflow="crop")
     shown = [word if "/" not in word else Path(word).name for word in command]
-    console.save_svg(out, title=" ".join(shown))
+    console.save_svg(out, title=" ".join(shown), theme=DEFAULT_TERMINAL_THEME if light else SVG_EXPORT_THEME)
 
 
 if __name__ == "__main__":
