@@ -1,6 +1,7 @@
-"""A training step of ours beside that of DistributedDataParallel over gloo, and beside its own kernels alone.
+"""A training step of ours beside that of DistributedDataParallel or Horovod, and beside its own kernels alone.
 
     python tests/benchmarks/compare_step.py [--rows minilm-l6:64:2 bert-base-uncased:32:8] [--repeats 10]
+    python tests/benchmarks/compare_step.py --peer horovod_mpi      # its head tells how to install Horovod
 
 A row is model : global batch : ranks. The jobs take turns (contest.py); where they do not fit into memory together,
 they are started anew for every turn. Two bounds to what any program can reach with torch take part: the kernels of a
@@ -30,12 +31,12 @@ def contenders(row: str, options: argparse.Namespace, folder: Path, number: int)
     ours = ["-m", "mpitrain", "bench", "step", "--await-turns", *turns, "--model", model]
     ours += ["--train.batch_size", batch, "--train.micro_batches", ranks, "--train.precision", options.precision]
     ours += ["--mesh.data", ranks, *options.flags]
-    store = str(folder / f"store-{row}-{number}")
-    peer = [str(HERE / "peers" / "ddp_gloo.py"), "--model", model, "--batch", batch, *turns]
-    peer += ["--precision", options.precision, "--store", store]
+    peer = [str(HERE / "peers" / f"{options.peer}.py"), "--model", model, "--batch", batch, *turns]
+    peer += ["--precision", options.precision]
+    peer += ["--store", str(folder / f"store-{row}-{number}")] if options.peer == "ddp_gloo" else []
     kernels = [str(HERE / "peers" / "kernels.py"), "--model", model, "--batch", batch, *turns]
     kernels += ["--precision", options.precision]
-    lines = {"mpitrain": ours, "ddp_gloo": peer, "kernels": kernels, "products": [*kernels, "--products"]}
+    lines = {"mpitrain": ours, options.peer: peer, "kernels": kernels, "products": [*kernels, "--products"]}
     return {name: Job(launch + line) for name, line in lines.items()}
 
 
@@ -48,7 +49,7 @@ def compare(row: str, options: argparse.Namespace, folder: Path) -> dict[str, ob
         jobs[name].command = contenders(row, options, folder, next(numbers))[name].command
 
     take_turns(jobs, options.repeats, begin_anew if row in options.apart else lambda name: None)
-    ours, peer = jobs["mpitrain"], jobs["ddp_gloo"]
+    ours, peer = jobs["mpitrain"], jobs[options.peer]
     times, *between = speedup(ours, peer)
     return {
         "row": row,
@@ -71,6 +72,7 @@ def row_of(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", choices=["ddp_gloo", "horovod_mpi"], default="ddp_gloo")
     parser.add_argument("--rows", nargs="+", type=row_of, default=ROWS, metavar="MODEL:BATCH:RANKS")
     parser.add_argument(
         "--apart", nargs="*", type=row_of, default=["bert-base-uncased:32:8"], help="rows too large for both at once"
@@ -87,14 +89,14 @@ def main() -> None:
             found.append(compare(row, options, Path(folder)))
             rates, pss = found[-1]["tokens_per_second"], found[-1]["pss"]
             print(
-                f"{row:<24}{rates['mpitrain']:>8,.0f} tokens/s, DDP {rates['ddp_gloo']:>7,.0f}: "
+                f"{row:<24}{rates['mpitrain']:>8,.0f} tokens/s, {options.peer} {rates[options.peer]:>7,.0f}: "
                 f"{found[-1]['speedup']:.2f} times ({found[-1]['speedup_range'][0]:.2f} to "
                 f"{found[-1]['speedup_range'][1]:.2f}; kernels alone {found[-1]['bounds']['kernels']:.2f}, "
                 f"products alone {found[-1]['bounds']['products']:.2f}); "
-                f"memory {pss['mpitrain'] / 2**30:.2f} GiB, {found[-1]['pss_ratio']:.0%} of DDP's",
+                f"memory {pss['mpitrain'] / 2**30:.2f} GiB, {found[-1]['pss_ratio']:.0%} of the other's",
                 flush=True,
             )
-    write(options.out, "step", found)
+    write(options.out, "step" if options.peer == "ddp_gloo" else "step-horovod", found)
 
 
 if __name__ == "__main__":

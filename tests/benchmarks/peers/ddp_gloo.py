@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -51,28 +52,41 @@ def start_gloo(store: str) -> tuple[int, int]:
     return rank, size
 
 
-def main() -> None:
-    options = gloo_parser(__doc__).parse_args()
-    rank, size = start_gloo(options.store)
-    model = DistributedDataParallel(model_of(options.model))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
+def step_of(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: argparse.Namespace, rank: int, size: int
+) -> Callable[[], int]:
+    """A step up to the gradients of this rank's share of a batch; it returns the tokens of all ranks."""
     lengths = np.sort(np.repeat(*np.loadtxt(options.lengths, np.int64, unpack=True)))
-    generator = np.random.default_rng(0)
+    generator, words = np.random.default_rng(0), load_card(options.model).vocab_size
 
     def step() -> int:
         first = generator.integers(0, len(lengths) - options.batch)
         whole = lengths[first : first + options.batch]
         share = whole[rank::size]
         mask = torch.from_numpy((np.arange(share.max()) < share[:, None]).astype(np.int64))
-        tokens = torch.randint(0, model.module.config.vocab_size, mask.shape) * mask
+        tokens = torch.randint(0, words, mask.shape) * mask
         labels = torch.where(mask == 1, tokens % NUM_LABELS, -100)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
             loss = model(tokens, attention_mask=mask, labels=labels).loss
         loss.backward()
+        return int(whole.sum())
+
+    return step
+
+
+def main() -> None:
+    options = gloo_parser(__doc__).parse_args()
+    rank, size = start_gloo(options.store)
+    model = DistributedDataParallel(model_of(options.model))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
+    gradients = step_of(model, optimizer, options, rank, size)
+
+    def step() -> int:
+        tokens = gradients()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return int(whole.sum())
+        return tokens
 
     take_turns(step, options, rank, dist.barrier)
     dist.destroy_process_group()
