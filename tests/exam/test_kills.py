@@ -56,8 +56,7 @@ def test_killed_at_a_random_instant(reference: Exam, told, number):
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("place, rank, visit", STRIKES)
 def test_killed_at_each_stage_of_a_save(reference: Exam, told, place, rank, visit, ranks):
-    rank = min(rank, ranks - 1)
-    out = f"{place}-{rank}-{visit}-{ranks}"
+    out, rank = f"{place}-{rank}-{visit}-{ranks}", min(rank, ranks - 1)
     done = reference.run(ranks, out, MPITRAIN_FAILPOINT=f"{place}:{rank}:{visit}=kill")
     assert f"failpoint {place} on rank {rank}, visit {visit}: kill" in done.stderr, done.stderr
     assert done.returncode != 0
