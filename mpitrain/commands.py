@@ -92,7 +92,7 @@ def _go_on_without(job: Job, settings: Config, loss: RanksLostError) -> Config:
 
 
 def _say_what_next(job: Job, settings: Config, num_ranks: int, code: int, directory: Path) -> None:
-    say = job.console.say
+    say = job.console.say_whole
     if code == ExitCode.STOPPED:
         launcher = f"mpirun -np {num_ranks} " if num_ranks > 1 else ""
         told = [*job.arguments, *([] if settings.out else ["--out", str(directory)])]
@@ -183,7 +183,7 @@ def _job(job: Job, options: argparse.Namespace, settings: Config) -> int:
 
     with together(job.world, "writing the job script"):
         if job.world.rank == 0 and (told := write_script(options, settings, options.fields, library_version())):
-            job.console.say("job", told)
+            job.console.say_whole("job", told)
     return ExitCode.DONE
 
 

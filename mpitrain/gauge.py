@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable
 from statistics import median
 
@@ -29,6 +30,7 @@ from mpitrain.split import part
 STEPS = 2  # of a turn
 TURNS = 5  # on each mesh, of which the median one counts: others may want the machine now and then
 HALVINGS = 40
+WHEN = "%Y-%m-%d %H:%M"
 LONGEST = 1e5  # us of a message or an exchange, ms of a step, seconds of 10^9 bytes
 TINY = 1e-6
 Mesh = tuple[int, int, int]
@@ -45,7 +47,7 @@ def gauge(comm: Comm, config: Config, problem: Problem, split: Sequences) -> Mac
     room = find_room(comm, device)
     on_node, processors = max(collect(comm, place_on_node(comm)[1])), processors_of_node(comm, device)
     machine = Machine(
-        name=f"{comm.size} ranks on {len(set(room.nodes))} node(s) like {platform.node()}",
+        name=f"{comm.size} rank(s) on {len(set(room.nodes))} node(s) like {platform.node()}, {time.strftime(WHEN)}",
         ranks_per_node=on_node,
         processors_per_node=processors,
         gpus=device.type == "cuda",

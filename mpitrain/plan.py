@@ -131,7 +131,7 @@ def _say_best(console: Console, load: Load, best: Forecast, fields: Sequence[str
         )
     axes = f"--mesh.data {mesh.data} --mesh.pipe {mesh.pipe} --mesh.tensor {mesh.tensor}"
     same = [word for flag in flags_of(fields) if flag[0].partition("=")[0] not in NOT_OF_THE_RUN for word in flag]
-    console.say("run", f"mpirun -np {load.ranks} python -m mpitrain {shlex.join([*same, *axes.split()])}")
+    console.say_whole("run", f"mpirun -np {load.ranks} python -m mpitrain {shlex.join([*same, *axes.split()])}")
 
 
 def prove(arrangement: Arrangement, mine: int, problem: Problem) -> Proof:

@@ -85,7 +85,8 @@ def compare_with_forecast(run: Run) -> None:
     took["update"] = seconds - sum(took.values())
     run.console.say(
         "forecast",
-        f"a step took {1e3 * seconds:.4g} ms, and {1e3 * expected:.4g} were foretold ({expected / seconds - 1:+.0%})",
+        f"a step took {1e3 * seconds:.4g} ms, and {1e3 * expected:.4g} were foretold ({expected / seconds - 1:+.0%}) "
+        f"by the figures of {run.machine.name}",
     )
     terms = (f"{term} {1e3 * took[term]:.3g} ({1e3 * foretold[term]:.3g})" for term in took)
     run.console.say("", f"{', '.join(terms)} ms, of the mean of the last {len(run.steady)} steps")

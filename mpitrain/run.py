@@ -274,7 +274,7 @@ def open_run_directory(comm: Comm, config: Config, console: Console, claimed: Ru
                 "has written there; give a directory on a file system that all nodes share, and start all ranks in the "
                 "same one"
             )
-    console.say("run", path)
+    console.say_whole("run", path)
     return directory
 
 

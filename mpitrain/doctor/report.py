@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
-from textwrap import wrap
 from typing import Any
 
 from rich.text import Text
@@ -16,8 +15,6 @@ from mpitrain.errors import ExitCode, UsageError
 from mpitrain.observe.console import Console
 
 STYLES = {"ok": "green", "warn": "bold yellow", "bad": "bold red"}
-INDENT = 19  # columns of verdict and check
-NARROWEST = 20  # columns of what was found
 
 
 class Report:
@@ -33,10 +30,9 @@ class Report:
         for finding in findings:
             self.findings.append(finding)
             head = Text.assemble((f"{finding.verdict:<5}", STYLES[finding.verdict]), (f"{finding.check:<14}", "bold"))
-            for text in [finding.found, *([f"-> {finding.advice}"] if finding.advice else [])]:
-                for line in wrap(text, max(NARROWEST, self._console.width - INDENT), break_on_hyphens=False):
-                    self._console.show(Text.assemble(head or " " * INDENT, line))
-                    head = Text()
+            self._console.paragraph(head, Text(finding.found))
+            if finding.advice:
+                self._console.paragraph(Text(" " * len(head)), Text(f"-> {finding.advice}"))
 
     def end(self, facts: dict[str, Any], *, as_json: bool) -> int:
         """Sum it up, and write the document to standard output if it is wanted; the exit code."""

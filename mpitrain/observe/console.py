@@ -6,6 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -19,6 +20,7 @@ from mpitrain.observe.terminal import terminal_width
 SECONDS_BETWEEN_LINES = 5.0  # where there is no bar
 SECONDS_BETWEEN_PICTURES = 0.1  # of the bar
 WIDE = 110  # columns from which on all numbers have room beside a bar
+NARROWEST = 20  # columns of a paragraph
 LEVELS = ("debug", "info", "warning", "error")
 RECENT = 20  # steps that speed and shares are of: batches differ in size
 LEAST_SHARE = 0.005  # of a step that is worth a word
@@ -66,17 +68,35 @@ class Console:
     def say(self, topic: str, text: str) -> None:
         """A line with its topic in front."""
         if self.hears("info"):
-            self.show(Text.assemble((f"{topic:<9}", "bold"), text))
+            self._tell(Text(f"{topic:<9}", "bold"), Text(text))
+
+    def say_whole(self, topic: str, text: str) -> None:
+        """A line to be copied, which no screen is too narrow for."""
+        if self.hears("info"):
+            self.show(Text(f"{topic:<9}", "bold") + Text(text))
 
     def detail(self, topic: str, text: str) -> None:
         """A line for who looks for a fault."""
         if self.hears("debug"):
-            self.show(Text.assemble((f"{topic:<9}", "bold dim"), (text, "dim")))
+            self._tell(Text(f"{topic:<9}", "bold dim"), Text(text, "dim"))
 
     def warn(self, text: str) -> None:
         """A line that should not be overlooked."""
         if self.hears("warning"):
-            self.show(Text.assemble(("warning  ", "bold yellow"), text))
+            self._tell(Text("warning  ", "bold yellow"), Text(text))
+
+    def _tell(self, head: Text, text: Text) -> None:
+        if self._rich.is_terminal:
+            self.paragraph(head, text)
+        else:
+            self.show(head + text)
+
+    def paragraph(self, head: Text, text: Text) -> None:
+        """Lines below each other behind their head, none wider than the screen unless a word is."""
+        room = max(NARROWEST, self.width - len(head))
+        for line in wrap(text.plain, room, break_long_words=False, break_on_hyphens=False) or [""]:
+            self.show(head + Text(line, text.style))
+            head = Text(" " * len(head))
 
     def hears(self, level: str) -> bool:
         """Whether what is of this level is said."""

@@ -47,6 +47,25 @@ def test_progress_of_a_long_run_is_one_line_with_all_numbers(width):
     assert all(len(line) <= width and "…" not in line for line in lines), lines
 
 
+@pytest.mark.parametrize("width", [80, 120, None])
+def test_on_a_terminal_words_stay_whole_and_behind_their_topic(width):
+    console, written = a_console(width)
+    words = "some words of it " * 12
+    console.say("topic", words.strip())
+    console.warn(words.strip())
+    lines = plain(written.getvalue()).splitlines()
+    assert [line[:9] for line in lines if line[:1] != " "] == ["topic    ", "warning  "]
+    assert " ".join(line[9:] for line in lines) == (words * 2).strip()
+    assert len(lines) == 2 if width is None else width - 6 < max(map(len, lines)) <= width
+
+
+def test_a_line_to_be_copied_stays_whole():
+    console, written = a_console(80)
+    command = f"python -m mpitrain export {'--an option ' * 10}"
+    console.say_whole("next", command)
+    assert plain(written.getvalue()) == f"next     {command}\n"
+
+
 def test_in_a_file_progress_is_a_line_now_and_then_and_no_bar():
     console, written = a_console(None)
     console.start_steps(0, 100)
