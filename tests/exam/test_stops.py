@@ -54,11 +54,11 @@ FULL = [("save.slices", 1), ("save.hash", 1), ("save.manifest", 0), ("save.renam
 @pytest.mark.parametrize("whom", [None, 0, 1])
 @pytest.mark.parametrize("where", NAPS)
 def test_a_signal_stops_all_ranks_at_one_step(reference: Exam, told, where, whom, ranks):
+    out = f"signal-{where.replace(' ', '-')}-{whom}-{ranks}"
     whom = None if whom is None else min(whom, ranks - 1)
     number = signal.SIGUSR1 if whom is None else signal.SIGTERM
     nap, is_there = NAPS[where]
     nap = nap if ranks > 1 else nap.replace(":1:", ":0:")
-    out = f"signal-{where.replace(' ', '-')}-{whom}-{ranks}"
     reference.reference(ranks)
     attempt = reference.begin(ranks, out, MPITRAIN_FAILPOINT=nap)
     attempt.wait_until(lambda: bool(is_there(attempt.run)))
