@@ -52,7 +52,7 @@ def open_checkpoint(comm: Comm, place: Path, console: Console) -> Trained:
         manifest = verify(comm, directory)
     except CheckpointError as error:  # nothing else is taken instead: a score must be that of what was asked for
         others = [str(path) for path in committed(directory.parent) if path.name != directory.name]
-        hint = f"; others, to be given as --checkpoint: {', '.join(others)}" if others else ""
+        hint = f"; others, not looked at yet, to be given as --checkpoint: {', '.join(others)}" if others else ""
         raise on_all_ranks(CheckpointError(f"{error}{hint}")) from None
     console.say("loaded", f"{directory} ({len(manifest.tensors)} tensors, {len(manifest.files)} files verified)")
     texts = attempt_at_root(comm, f"reading {directory}", lambda: [_read(directory / name) for name in DOCUMENTS])

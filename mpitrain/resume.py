@@ -16,7 +16,8 @@ from mpitrain.drift import raise_together
 from mpitrain.errors import NoProgressError, UsageError
 from mpitrain.files import parse_json
 from mpitrain.model import linear
-from mpitrain.observe.record import STARTS
+from mpitrain.observe.lines import read_lines, step_of
+from mpitrain.observe.record import METRICS, STARTS
 from mpitrain.place import multiplies_by_library
 from mpitrain.run import Run
 from mpitrain.runtime.agree import any_rank, attempt_at_root, share, together
@@ -63,6 +64,7 @@ def resume(run: Run) -> None:
         run.stepper.num_updates = run.progress.num_updates
         run.stepper.loss_scale.value = run.progress.loss_scale
         run.stepper.loss_scale.good_steps = run.progress.good_steps
+        run.stepper.skipped_in_a_row = run.progress.skipped_in_a_row
         tensors = f"{len(manifest.tensors)} tensors, {len(manifest.files)} files verified"
         say_what_differs(run, place)
         run.console.say("resume", f"step {run.progress.step} from {place} ({tensors})")
@@ -98,6 +100,8 @@ def _find_resume(run: Run) -> tuple[Path, Manifest] | None:
         return None
     if wanted == "auto":
         found = newest_usable(run.world, run.directory.checkpoints, damaged)
+        if found is None:
+            _say_what_is_lost(run)
     else:
         found_at = attempt_at_root(
             run.world, "looking for --resume", lambda: str(find_checkpoint(Path(wanted), best=False))
@@ -108,6 +112,17 @@ def _find_resume(run: Run) -> tuple[Path, Manifest] | None:
     for line in damaged:
         run.console.warn(f"{line}; falling back to the checkpoint before it")
     return found
+
+
+def _say_what_is_lost(run: Run) -> None:
+    """A start that died before its first save has left steps, too; but nobody shall do a run again unawares."""
+    with together(run.world, "looking for steps"):
+        file = run.directory.path / METRICS
+        if run.world.rank == 0 and file.is_file() and (lines := read_lines(file)[0]):
+            run.console.warn(
+                f"{file} tells of {step_of(lines[-1])} steps, but {run.directory.checkpoints} holds no checkpoint: the "
+                "run begins anew"
+            )
 
 
 def _refuse_foreign_checkpoints(run: Run, resumed: Path | None) -> None:
@@ -165,7 +180,8 @@ def say_what_differs(run: Run, place: Path) -> None:
                 for key, value in settings.items():
                     before = then["config"][section].get(key, value)  # an older version may not have had it
                     if before != value:
-                        run.console.warn(f"--{section}.{key} was {before}, is {value} from here on")
+                        then_and_now = ("auto" if each is None else each for each in (before, value))
+                        run.console.warn("--{}.{} was {}, is {} from here on".format(section, key, *then_and_now))
             if then["mesh"] == now["mesh"] and then.get("exchange", now["exchange"]) != now["exchange"]:
                 run.console.warn(f"gradients were summed by {then['exchange']}, are by {now['exchange']} from here on")
             if then["num_steps"] != now["num_steps"]:
@@ -198,6 +214,7 @@ def save_checkpoint(run: Run) -> None:
     raise_together(run.world, stepper.drift.changed())
     progress.num_updates = stepper.num_updates
     progress.loss_scale, progress.good_steps = stepper.loss_scale.value, stepper.loss_scale.good_steps
+    progress.skipped_in_a_row = stepper.skipped_in_a_row
     mesh = run.place.mesh
     # The next backward pass changes these, not only the next update.
     residuals = [replace(each, values=each.values.clone()) for each in stepper.exchange.residuals(run.world.rank)]

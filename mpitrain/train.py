@@ -147,6 +147,10 @@ def run_steps(run: Run, tracing: Tracing) -> str:
             if run.progress.step == first:
                 waited = time.perf_counter() - run.born
                 run.console.say("start", f"{waited:.1f} s from this program's start to the end of a step")
+                if run.deadline.left() < 0:
+                    run.console.warn(
+                        f"that was longer than its time ({run.deadline.told_by}): each start does one step"
+                    )
             refuse_to_go_on_without_updates(run)
             if result.stop or (evaluation_is_due(run) and not evaluate_dev(run)):
                 return who_stops(run)
@@ -159,6 +163,7 @@ def run_steps(run: Run, tracing: Tracing) -> str:
     finally:
         run.console.stop_steps()
         batches.close()
+    refuse_to_go_on_without_updates(run)  # nor is a run done that was stopped by it at its last step
     return ""
 
 
@@ -221,7 +226,7 @@ def evaluate_dev(run: Run) -> bool:
     progress.evaluated_step, run.last_f1 = progress.step, scores["f1_conlleval"]
     if run.board is not None:
         run.board.add_scores("dev", scores, progress.step)
-    better = scores["f1_conlleval"] > progress.best_f1
+    better = scores["f1_conlleval"] > progress.best_f1 and math.isfinite(scores["loss"])
     progress.evaluations_without_gain = 0 if better else progress.evaluations_without_gain + 1
     epoch = progress.step / run.plan.steps_per_epoch
     run.console.say(

@@ -266,3 +266,13 @@ def test_training_gives_up_when_no_gradient_is_finite_any_more(place):
     lines = [json.loads(line) for line in (place / "nan" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["loss"] is None
+    for _ in range(2):  # another start begins with what is left of its patience, and ends where the first one did
+        done = mpitrain_on_two(place, *flags_of(place), *options, "--out", "nan", "--checkpoint.every", "1")
+        assert_refused(done, FAULT, "3 steps in a row .*the last is step 4")
+        assert done.stdout.count("all ranks skip this update") == 1
+
+
+def test_a_time_that_is_over_before_a_step_is_done_is_told(place):
+    done = mpitrain_on_two(place, *flags_of(place), "--out", "late", "--runtime.time_limit", "0.1")
+    assert done.returncode == 75 and exit_of(place / "late")["step"] == 1, done.stdout + done.stderr
+    assert "warning  that was longer than its time (--runtime.time_limit): each start does one step" in done.stdout

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpitrain.checkpoint.manifest import FileEntry, Manifest, Piece, committed, read_manifest
+from mpitrain.checkpoint.manifest import FileEntry, Manifest, Piece, candidates, read_manifest
 from mpitrain.comm.buckets import StateSlice
 from mpitrain.errors import CheckpointError, on_all_ranks
 from mpitrain.files import file_hash, file_sum
@@ -59,7 +59,7 @@ def newest_usable(comm: Comm, checkpoints: Path, warn: list[str]) -> tuple[Path,
     Raises:
         CheckpointError: there are checkpoints, but all are damaged.
     """
-    names = share(comm, [str(path) for path in committed(checkpoints)])
+    names = share(comm, [str(path) for path in candidates(checkpoints)])
     for name in names:
         try:
             return Path(name), verify(comm, Path(name))

@@ -57,6 +57,7 @@ class Progress(_Strict):
         evaluations_without_gain: for early stopping.
         loss_scale, good_steps: state of the fp16 loss scale.
         evaluated_step: the last step whose weights were scored on dev.
+        skipped_in_a_row: the last steps, as far as they have changed no weight.
     """
 
     step: int = 0
@@ -67,6 +68,7 @@ class Progress(_Strict):
     loss_scale: float = 1.0
     good_steps: int = 0
     evaluated_step: int = -1
+    skipped_in_a_row: int = 0
 
 
 class Manifest(_Strict):
@@ -95,6 +97,8 @@ def read_manifest(directory: Path) -> Manifest:
         CheckpointError: it is missing, unreadable, damaged or of another version.
     """
     path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is not there as a file: {directory.name} is no complete checkpoint")
     try:
         raw = path.read_bytes()
         manifest = Manifest.model_validate_json(raw)
@@ -117,12 +121,16 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     sync(directory)
 
 
-def committed(checkpoints: Path) -> list[Path]:
-    """All complete checkpoints in a folder, newest first."""
+def candidates(checkpoints: Path) -> list[Path]:
+    """All that were checkpoints once, newest first: one without a manifest is damaged, as saves never leave such."""
     if not checkpoints.is_dir():
         return []
-    found = [place for place in checkpoints.iterdir() if STEP_DIRECTORY.fullmatch(place.name)]
-    return sorted((place for place in found if (place / MANIFEST).is_file()), reverse=True)
+    return sorted((place for place in checkpoints.iterdir() if STEP_DIRECTORY.fullmatch(place.name)), reverse=True)
+
+
+def committed(checkpoints: Path) -> list[Path]:
+    """Those that have a manifest, newest first."""
+    return [place for place in candidates(checkpoints) if (place / MANIFEST).is_file()]
 
 
 def find_checkpoint(place: Path, *, best: bool = True) -> Path:
@@ -133,7 +141,7 @@ def find_checkpoint(place: Path, *, best: bool = True) -> Path:
     """
     if (place / "manifest.json").is_file():
         return place
-    found = committed(place / "checkpoints") or committed(place)
+    found = candidates(place / "checkpoints") or candidates(place)
     if not found:
         raise CheckpointError(f"{place}: no complete checkpoint; give a run directory or one checkpoint")
     best_step = read_manifest(found[0]).progress.best_step if best else -1

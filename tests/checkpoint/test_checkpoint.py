@@ -257,6 +257,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "of another step": lambda path: shutil.copy(path.parent / "step-00000001" / "rank-00000.h5", path),
     "a link": lambda path: ((path / "rank-00000.h5").rename(path / "x"), (path / "rank-00000.h5").symlink_to("x")),
     "other config": lambda path: (path / "config.json").write_text("{} "),
+    "no manifest": lambda path: (path / "manifest.json").unlink(),
     "half a manifest": lambda path: (path / "manifest.json").write_text((path / "manifest.json").read_text()[:-9]),
 }
 
@@ -285,8 +286,11 @@ def test_no_checkpoint_is_no_error_but_only_damaged_ones_are_an_error_of_all_ran
         path = save_on(mesh, folder)
         if comm.rank == 0:
             flip(path / "rank-00000.h5")
+            (folder / "step-00000099").mkdir()
         comm.Barrier()
-        with pytest.raises(CheckpointError, match="all checkpoints are damaged") as caught:
+        with pytest.raises(
+            CheckpointError, match=r"all checkpoints are damaged(.|\n)*99/manifest.json: is not"
+        ) as caught:
             newest_usable(comm, folder, [])
     assert caught.value.agreed
 

@@ -41,6 +41,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
         sorted(checkpoint.parent.iterdir())[0] / "rank-00000.h5", checkpoint
     ),
     "step in manifest": change("manifest.json", lambda data: data.replace(b'"step": 6', b'"step": 4')),
+    "no manifest": lambda checkpoint: (checkpoint / "manifest.json").unlink(),
     "half a manifest": change("manifest.json", lambda data: data[: len(data) // 2]),
 }
 
@@ -101,6 +102,16 @@ def test_without_a_whole_checkpoint_nothing_is_started(reference: Exam, told):
     assert done.returncode == 66 and "all checkpoints are damaged" in done.stderr, done.stderr
     assert steps_of(run) == steps_of(reference.reference(2)) and exit_of(run)["code"] == 66
     told("all checkpoints damaged", "exit code 66, nothing written")
+
+
+@pytest.mark.case(6)
+def test_a_run_whose_checkpoints_are_gone_begins_anew_loudly(reference: Exam, told):
+    run = reference.copy("bereft")
+    for place in list((run / "checkpoints").iterdir()):
+        shutil.rmtree(place)
+    done = reference.finish(2, "bereft", 0)
+    assert f"bereft/metrics.jsonl tells of {NUM_STEPS} steps, but bereft/checkpoints holds no checkpoint" in done.stdout
+    told("all checkpoints deleted", "said so, begun anew, bit-equal")
 
 
 @pytest.mark.case(7)
