@@ -26,6 +26,7 @@ from tokenizers.trainers import WordPieceTrainer
 from mpitrain.errors import DataError, UsageError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LONGEST_WORD = 100  # characters; a longer one is [UNK], as in BERT
 MAX_ALPHABET = 1000  # characters that get pieces of their own; beyond, WordPiece gives [UNK]
 # A piece that occurs once or twice in training is never learned, yet new words would be cut into such pieces. On the
 # bundled corpus, whose names are mostly new, leaving them out is worth about 0.08 of test F1 (bert-mini).
@@ -65,7 +66,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool) -> T
     blank = _bert_tokenizer(WordPiece({}, unk_token="[UNK]"), {"do_lower_case": lowercase})
     words: Counter[str] = Counter()
     for text in texts:
-        words.update(word for word, _ in blank.pre_tokenizer.pre_tokenize_str(blank.normalizer.normalize_str(text)))
+        found = blank.pre_tokenizer.pre_tokenize_str(blank.normalizer.normalize_str(text))
+        words.update(word[:LONGEST_WORD] for word, _ in found)  # the trainer's time grows with the square of the length
     characters: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
@@ -233,7 +235,7 @@ def _number(tokenizer: Tokenizer, token: str) -> int:
 
 def _word_piece(vocabulary: list[str]) -> WordPiece:
     numbers = {piece: number for number, piece in enumerate(vocabulary)}
-    return WordPiece(numbers, unk_token="[UNK]", max_input_chars_per_word=100)
+    return WordPiece(numbers, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD)
 
 
 def _bert_tokenizer(model: WordPiece, config: dict[str, Any]) -> Tokenizer:

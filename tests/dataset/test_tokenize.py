@@ -46,6 +46,13 @@ def sequences(encoded: Encoded) -> list[list[int]]:
     return [part.tolist() for part in np.split(encoded.tokens, encoded.offsets[1:-1])]
 
 
+@pytest.mark.timeout(60)
+def test_a_word_without_end_holds_nobody_up():
+    word = "ab" * 100_000
+    tokenizer = train_tokenizer([*TEXT, *[word] * 20], 200, True)
+    assert tokenizer.encode(word, add_special_tokens=False).tokens == ["[UNK]"]
+
+
 def test_training_gives_the_same_tokenizer_in_every_process_and_for_any_number_of_threads():
     found = set()
     for threads in ("1", "2", "4"):
