@@ -23,6 +23,8 @@ from mpitrain.shelf import shelves
 
 FLAGS = {"--scheduler", "--nodes", "--ranks-per-node", "--cores-per-rank", "--gpus-per-node", "--time"}
 FLAGS |= {"--account", "--queue", "--partition", "--mpi", "--script"}
+KNOWN = {"slurm": ("mpich", "intel", "openmpi", "cray"), "lsf": ("mpich", "intel", "openmpi", "spectrum")}
+KNOWN["pbs"] = KNOWN["slurm"]  # families whose launcher the script has; Flux starts them all by its own
 SUBMIT = {"slurm": "sbatch {}", "pbs": "qsub {}", "lsf": "bsub < {}", "flux": "flux batch {}"}
 FAMILIES = {"Intel MPI": "intel", "Open MPI": "openmpi", "Cray MPICH": "cray", "Spectrum MPI": "spectrum"}
 OF_THE_SCRIPT = ("--data", "--out")  # fields that have lines of their own there
@@ -35,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
     parser.add_argument("--nodes", type=count, required=True, metavar="N", help="of the job")
     parser.add_argument("--ranks-per-node", type=count, required=True, metavar="N", help="on each of them")
     parser.add_argument("--cores-per-rank", type=count, default=1, metavar="N", help="and its threads (default: 1)")
-    parser.add_argument("--gpus-per-node", type=count, metavar="N", help="shared by its ranks (default: none)")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=lambda text: None if text == "0" else count(text),
+        metavar="N",
+        help="of its ranks (default: 0)",
+    )
     parser.add_argument("--time", type=_seconds, required=True, metavar="[D-]HH:MM:SS", help="of each start of the job")
     parser.add_argument("--account", type=_word, metavar="NAME", help="project that pays")
     parser.add_argument("--queue", "--partition", type=_word, metavar="NAME", help="to wait in")
@@ -52,8 +59,8 @@ def _seconds(text: str) -> int:
 
 
 def _word(text: str) -> str:
-    if not re.fullmatch(r"\w[\w.@:/+-]*", text, re.ASCII):  # no scheduler quotes in its directives as a shell does
-        raise argparse.ArgumentTypeError(f"found {text!r}; a name of letters, digits and . _ @ : / + - would work")
+    if not re.fullmatch(r"\w[\w.@:/+,-]*", text, re.ASCII):  # no scheduler quotes in its directives as a shell does
+        raise argparse.ArgumentTypeError(f"found {text!r}; a name of letters, digits and . _ @ : / + , - would work")
     return text
 
 
@@ -92,6 +99,11 @@ def family(library: str) -> str:
 
 def fill(options: argparse.Namespace, settings: Config, fields: Sequence[str], mpi: str) -> str:
     """The script, as text."""
+    _require_mesh(settings, options.nodes * options.ranks_per_node)
+    if mpi not in (known := KNOWN.get(options.scheduler, (mpi,))):
+        raise UsageError(
+            f"--mpi {mpi}: the script for {options.scheduler} starts ranks by {', '.join(known)}; give one"
+        )
     out = settings.out or Path("runs") / f"{Path(settings.model).stem}-{Path(settings.data).stem}"
     arguments = ["--config", str(options.config)] if options.config else []
     arguments += [word for flag in flags_of(fields) if flag[0].partition("=")[0] not in OF_THE_SCRIPT for word in flag]
@@ -108,6 +120,18 @@ def fill(options: argparse.Namespace, settings: Config, fields: Sequence[str], m
     for start, value in (variables | ASKED[options.scheduler](options, mpi)).items():
         text = _put(text, start, value)
     return text
+
+
+def _require_mesh(settings: Config, num_ranks: int) -> None:
+    """Refuse what no model could train on; `plan` tells whether this one can."""
+    asked = {axis: size for axis in ("data", "pipe", "tensor") if (size := getattr(settings.mesh, axis)) is not None}
+    product = math.prod(asked.values())
+    if num_ranks % product or (len(asked) == 3 and num_ranks != product):
+        flags = " ".join(f"--mesh.{axis} {size}" for axis, size in asked.items())
+        raise UsageError(
+            f"{flags}: the job has {num_ranks} ranks, of which no such mesh can be made; plan --ranks "
+            f"{num_ranks} lists those that can"
+        )
 
 
 def _put(text: str, start: str, value: object) -> str:
@@ -202,7 +226,7 @@ ASKED: dict[str, Callable[[argparse.Namespace, str], dict[str, object]]] = {
 
 
 def _seconds_to_stop(seconds: int) -> int:
-    return min(SECONDS_TO_STOP, seconds // 3)
+    return max(1, min(SECONDS_TO_STOP, seconds // 3))
 
 
 def _clock(seconds: int) -> str:

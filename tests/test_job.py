@@ -96,9 +96,17 @@ def test_jsrun_s_jobs_ask_for_whole_nodes(tmp_path):
     assert not {"-n", "-R", "-gpu"} & set(words)
 
 
+def test_two_queues_may_do_and_no_gpus_are_none(tmp_path):
+    done = job("slurm", *ASKED, "--partition", "short,long", "--gpus-per-node", "0", cwd=tmp_path)
+    words = directives("slurm", done.stdout)
+    assert "--partition=short,long" in words and not any(word.startswith("--gpus") for word in words)
+
+
 def test_short_jobs_are_warned_in_time(tmp_path):
     short = (*ASKED[:-1], "00:02:30")
     assert "--signal=B:USR1@50" in directives("slurm", job("slurm", *short, cwd=tmp_path).stdout)
+    second = (*ASKED[:-1], "00:00:01")
+    assert "--signal=B:USR1@1" in directives("slurm", job("slurm", *second, cwd=tmp_path).stdout)
     words = directives("lsf", job("lsf", *short, cwd=tmp_path).stdout)
     assert words[words.index("-W") + 1] == "00:03" and words[words.index("-wt") + 1] == "1"
 
@@ -142,6 +150,14 @@ WRONG = [
     ("slurm", (*ASKED, "--nodes", "0"), "--nodes: found '0'; a whole number above 0 would work"),
     ("pbs", (*ASKED, "--account", "a b"), "found 'a b'; a name of letters, digits"),
     ("pbs", (*ASKED, "--queue", "-x"), "expected one argument|found '-x'"),
+    (
+        "pbs",
+        (*ASKED, "--mpi", "spectrum"),
+        "--mpi spectrum: the script for pbs starts ranks by mpich, intel, openmpi, cray",
+    ),
+    ("lsf", (*ASKED, "--mpi", "cray"), "--mpi cray: .* spectrum; give one"),
+    ("slurm", (*ASKED, "--mesh.pipe", "5"), "--mesh.pipe 5: the job has 12 ranks"),
+    ("slurm", (*ASKED, "--mesh.data", "2", "--mesh.pipe", "2", "--mesh.tensor", "2"), "the job has 12 ranks"),
     ("lsf", (*ASKED, "--resume", "none"), "--resume none: each start of a job has to go on from its own run"),
     ("flux", (*ASKED, "--gpus-per-node", "6"), "--gpus-per-node 6: .*4 ranks.*a multiple of 4 would work"),
     ("slurm", (*ASKED, "--train.epochs", "x"), "--train.epochs: .*found 'x'"),
