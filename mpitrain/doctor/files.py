@@ -50,9 +50,11 @@ def check_files(ground: Ground) -> Iterator[Finding]:
 def _make(ground: Ground) -> list[Any]:
     """A run's directory, its place's full name, the kind of its file system, and how many bytes are free."""
     out = ground.config.out or Path()
-    place = next((each for each in (out, *out.parents) if each.is_dir()), Path())  # --out itself a training makes
+    place = next((each for each in (out, *out.parents) if each.exists()), Path())  # --out itself a training makes
     directory = RunDirectory(place / f"{TRIAL}{secrets.token_hex(4)}")
-    with user_path("--out", place):
+    with user_path("--out", out):
+        if ground.config.out is not None:
+            RunDirectory(out).require_ours()
         directory.create()
     status = os.statvfs(place)
     return [directory, str(place.absolute()), _kind_of(place), status.f_bavail * status.f_frsize]
@@ -112,8 +114,9 @@ def _check_hdf5(ground: Ground, path: Path, seen: list[bool]) -> Finding:
 
     def write() -> None:
         if comm.rank == 0:
-            write_arrays(file, {"values": values})
-            forget_cached(file)
+            with user_path("--out", path.parent):
+                write_arrays(file, {"values": values})
+                forget_cached(file)
 
     def read() -> list[Any]:
         if not seen[comm.rank]:

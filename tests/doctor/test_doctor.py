@@ -197,6 +197,30 @@ def test_a_directory_that_cannot_be_written_is_found(tmp_path):
     assert "--out" in words_of(document, "run directory") and "can be written" in words_of(document, "run directory")
 
 
+@pytest.mark.parametrize("out, said", [("file", "Not a directory"), ("file/run", "Not a dir"), ("full", "holds other")])
+def test_what_a_run_could_not_be_written_to_is_found(tmp_path, out, said):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    done = run(doctor(2, "--out", out), tmp_path)
+    assert done.returncode == USAGE, done.stdout + done.stderr
+    verdicts, document = examined(done)
+    assert verdicts["run directory"] == "bad" and set(verdicts) == CHECKS
+    assert f"--out {out}: {said}" in words_of(document, "run directory")
+
+
+def test_a_full_disk_is_told_with_what_would_do(tmp_path):
+    mount = f'mount -t tmpfs -o size=2m none {tmp_path} && cd {tmp_path} && exec "$@"'
+    line = ["unshare", "--mount", "sh", "-c", mount, "sh", *doctor(2, "--out", "run")]
+    if os.geteuid() != 0:
+        line = ["unshare", "--user", "--map-root-user", *line[1:]]
+    done = run(line, tmp_path)
+    assert done.returncode == USAGE, done.stdout + done.stderr
+    verdicts, document = examined(done)
+    assert verdicts["rename"] == "ok" and verdicts["HDF5"] == "bad"
+    assert "No space left on device -> give a path that can be written" in words_of(document, "HDF5")
+
+
 def patched(tmp_path: Path, ranks: int, misfortune: str, *arguments: str, timeout: float = 90) -> Any:
     """What became of doctor after a line of Python, all processes of which must be gone."""
     (tmp_path / "patched.py").write_text(SCRIPT.format(misfortune=misfortune))
