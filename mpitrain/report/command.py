@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from mpitrain.errors import UsageError
+from mpitrain.errors import DataError, UsageError
 from mpitrain.files import replace_file, user_path
 from mpitrain.observe.console import Console
 from mpitrain.pipeline.draw import chart
@@ -34,13 +34,13 @@ def report(comm: Comm, paths: Sequence[Path], out: Path, console: Console) -> No
     """Print what there is to say of each run, and write `report.html` and PNGs into `out` (collective).
 
     Raises:
-        DataError: a directory is no run, or its trace is none of ours.
+        DataError: a directory is no run.
         UsageError: matplotlib is missing, or `out` cannot be written.
     """
     with together(comm, "reporting"):
         if comm.rank == 0:
             runs = read_runs(paths)
-            traced = [(run, *read_steps(run.path / "trace" / "trace.json")) for run in runs if has_trace(run)]
+            traced = [(run, *found) for run in runs if (found := trace_of(run)) is not None]
             for run in runs:
                 say(run, console)
             for run, steps, crowded in traced:
@@ -55,9 +55,14 @@ def report(comm: Comm, paths: Sequence[Path], out: Path, console: Console) -> No
             write(out, runs, [(run, steps) for run, steps, _ in traced], console)
 
 
-def has_trace(run: Recorded) -> bool:
-    """Whether it was trained with --trace N, and came that far."""
-    return (run.path / "trace" / "trace.json").is_file()
+def trace_of(run: Recorded) -> tuple[list[Step], bool] | None:
+    """Of a run that was trained with --trace N, and came that far; damage is told among its notes."""
+    file = run.path / "trace" / "trace.json"
+    try:
+        return read_steps(file) if file.is_file() else None
+    except DataError as error:
+        run.notes.append(str(error))
+        return None
 
 
 def say(run: Recorded, console: Console) -> None:

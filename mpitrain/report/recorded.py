@@ -127,7 +127,7 @@ def read_run(path: Path) -> Recorded:
     notes: list[str] = []
     try:
         lines, damaged = read_lines(path / METRICS)
-        evaluations, _ = read_lines(path / EVALUATIONS)
+        evaluations, unread = read_lines(path / EVALUATIONS)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     kept = once(lines)
@@ -145,6 +145,11 @@ def read_run(path: Path) -> Recorded:
         starts=starts,
         notes=notes,
     )
+    if unread:
+        notes.append(f"{EVALUATIONS}: {unread} line(s) are damaged or cut; they are left out")
+    for name, found in ((LEDGER, run.starts), ("ranks.json", run.ranks)):
+        if not found and (path / name).exists():
+            notes.append(f"{name}: is damaged; what it tells is left out")
     notes += _notes(run, damaged, len(lines) - len(kept))
     return run
 
@@ -176,7 +181,7 @@ def _notes(run: Recorded, damaged: int, repeated: int) -> Iterator[str]:
     skipped = int(np.count_nonzero(~np.isfinite(run.column("grad_norm"))))
     if skipped:
         yield f"{skipped} step(s) had a loss or gradient that is not finite, and changed no weight"
-    if not run.exit:
+    if not (run.path / "exit.json").exists():
         yield "there is no exit.json: the run is under way, or its job was killed"
 
 

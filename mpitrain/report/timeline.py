@@ -49,7 +49,7 @@ def read_steps(file: Path) -> tuple[list[Step], bool]:
     except ScheduleError as error:
         raise DataError(f"{file}: holds a step that no schedule has: {error}") from None
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise DataError(f"{file}: is no trace of a run: {error!r}") from None
+        raise DataError(f"{file}: is no trace of a run, or damaged: {error!r}") from None
     if not steps:
         raise DataError(f"{file}: holds no step")
     return steps, bool(document["otherData"].get("crowded"))

@@ -119,6 +119,15 @@ def test_a_line_that_a_job_died_while_writing_is_told_and_left_out(tmp_path):
     assert read_run(run).steps.tolist() == [1, 2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.parametrize("name", ["trace/trace.json", "ledger.json", "ranks.json", "evaluations.jsonl", "exit.json"])
+def test_a_damaged_file_is_told_and_left_out(tmp_path, name):
+    run = make_run(tmp_path / "run")
+    (run / "trace").mkdir(exist_ok=True)
+    (run / name).write_text('{"a":\n')
+    page = report(tmp_path / "out", run)
+    assert f"{Path(name).name}: " in page.text and "under way" not in page.text
+
+
 def test_steps_that_were_done_again_are_drawn_once_as_they_were_last(tmp_path):
     first, again = [line(step, loss=1.0) for step in range(1, 9)], [line(step, loss=2.0) for step in range(5, 7)]
     kept = once([*first, *again])
