@@ -32,7 +32,7 @@ COMMANDS = {
     "export": "write a checkpoint as a directory that transformers loads",
     "inspect": "show what is in a shard directory or a checkpoint",
     "doctor": "check MPI, cores, memory, GPUs, files and network, before a long run",
-    "plan": "show what each stage would hold, and the schedule of the pipeline",
+    "plan": "list the meshes for so many ranks, the fastest first, with memory, time and node-hours",
     "job": "write a batch script for Slurm, PBS, LSF or Flux that trains until done",
     "report": "write a page about one or several runs, with their curves, scores and cost",
     "bench": "time our all-reduce beside MPI's own and gloo's, training steps, or their parts",

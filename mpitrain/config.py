@@ -165,7 +165,8 @@ def describe(mistake: Any, prefix: str = "") -> str:
         return f"{prefix}{field}: {text}" if mistake["loc"] and not text.startswith(prefix or " ") else text
     if mistake["type"] == "extra_forbidden":
         return f"{prefix}{field}: no such field; found {mistake['input']!r}"
-    return f"{prefix}{field}: {mistake['msg'][:1].lower()}{mistake['msg'][1:]}; found {mistake['input']!r}"
+    told = f"{prefix}{field}: {mistake['msg'][:1].lower()}{mistake['msg'][1:]}"
+    return told if mistake["type"] == "missing" else f"{told}; found {mistake['input']!r}"
 
 
 def flags_of(words: Sequence[str]) -> Iterator[tuple[str, ...]]:

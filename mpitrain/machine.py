@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from mpitrain.config import Config, describe
 from mpitrain.dataset.cache import cache_directory
@@ -21,6 +21,7 @@ from mpitrain.files import parse_toml, replace_file, user_path
 from mpitrain.sections import Section
 
 Some = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Machine(Section):
@@ -37,15 +38,15 @@ class Machine(Section):
     """cores that ranks compute on, or GPUs"""
     gpus: bool = False
     """these are GPUs"""
-    memory_gib_per_node: PositiveFloat
+    memory_gib_per_node: Positive
     """of which all ranks of the node have an even share; with GPUs, theirs together"""
-    gflops: PositiveFloat
+    gflops: Positive
     """of one processor in the passes of a model, 10^9 operations a second"""
     sharing_loss: Some = 0.05
     """by how much passes are slower for each rank more that shares their layers: their products are smaller"""
-    sum_gb_per_second: PositiveFloat = 2.0
+    sum_gb_per_second: Positive = 2.0
     """gradients of one rank that are summed over the replicas on a node, 10^9 bytes a second"""
-    update_mega_per_second: PositiveFloat = 150.0
+    update_mega_per_second: Positive = 150.0
     """parameters that one rank updates, 10^6 a second"""
     step_ms: Some = 1.0
     """of a step besides all else: data, votes"""
@@ -53,11 +54,11 @@ class Machine(Section):
     """from one stage to another"""
     exchange_us: Some = 50.0
     """of ranks of a node that share layers, besides the bytes: eight a layer and micro-batch"""
-    exchange_gb_per_second: PositiveFloat = 5.0
+    exchange_gb_per_second: Positive = 5.0
     """of rows that such a rank gathers or scatters, 10^9 bytes a second"""
     network_us: Some = 20.0
     """latency of a message between nodes"""
-    network_gb_per_second: PositiveFloat = 1.0
+    network_gb_per_second: Positive = 1.0
     """of a node to others, 10^9 bytes a second"""
 
     def text(self) -> str:
@@ -86,6 +87,8 @@ def read_machine(file: Path) -> Machine:
     Raises:
         UsageError: it cannot be read, or a field of it is wrong: all of them at once.
     """
+    if not file.is_file():
+        raise UsageError(f"--machine {file}: there is no such file; `plan --out DIR` writes one, DIR/machine.toml")
     try:
         return Machine.model_validate(parse_toml(file.read_text(encoding="utf-8")))
     except OSError as error:

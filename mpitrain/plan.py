@@ -65,7 +65,7 @@ def plan(
             num_labels, table = len(problem.label_names), read_table(config)
             found = forecasts(machine, load, config, problem.card, num_labels, table)
             console.show(table_of(config, load, found))
-            _say_best(console, load, found[0], fields)
+            _say_best(console, config, load, found[0], fields)
             proof = _say_stages(console, config, problem, found[0].arrangement)
             if config.machine is None:
                 _keep(machine, config, num_ranks, console)
@@ -121,13 +121,18 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:,.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.1f}"
 
 
-def _say_best(console: Console, load: Load, best: Forecast, fields: Sequence[str]) -> None:
+def _say_best(console: Console, config: Config, load: Load, best: Forecast, fields: Sequence[str]) -> None:
     mesh = best.arrangement
     console.say("mesh", f"{load.ranks} rank(s) = {mesh.shape}")
     if not best.fits:
         console.warn(
             f"no mesh has room: this one needs {gib(best.need.expected)} of a rank; more ranks, fewer of them on a "
             "node, more --train.micro_batches, or --train.recompute block would take less"
+        )
+    if (num_batches := config.train.micro_batches) < mesh.data:
+        console.warn(
+            f"{num_batches} of {mesh.data:,} replicas have work: a step has {num_batches} micro-batches; more "
+            "--train.micro_batches, of a larger --train.batch_size, give it to all"
         )
     axes = f"--mesh.data {mesh.data} --mesh.pipe {mesh.pipe} --mesh.tensor {mesh.tensor}"
     same = [word for flag in flags_of(fields) if flag[0].partition("=")[0] not in NOT_OF_THE_RUN for word in flag]

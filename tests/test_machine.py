@@ -54,7 +54,7 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, problem", [(None, "cannot be read"), (b"a = = 1", "is not TOML"), (b"\xff", "is not TOML")]
+    "content, problem", [(None, "there is no such file"), (b"a = = 1", "is not TOML"), (b"\xff", "is not TOML")]
 )
 def test_what_is_no_such_file_is_said(tmp_path, content, problem):
     file = tmp_path / "m.toml"

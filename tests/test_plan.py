@@ -96,7 +96,7 @@ def test_a_plan_measures_this_job_and_the_run_is_compared_with_it(place, cache, 
         assert sum(terms[:5]) == pytest.approx(milliseconds, abs=3)
     machine = read_machine(place / "made" / "machine.toml")
     assert machine.ranks_per_node == ranks and machine.gflops > 0.01
-    trained = mpitrain(ranks, *words, "--train.max_steps", "9", "--out", "run", cwd=place, **cache)
+    trained = mpitrain(ranks, *words, "--train.max_steps", "9", "--out", "made", cwd=place, **cache)
     assert re.search(
         r"^forecast a step took [\d.]+ ms, and [\d.]+ were foretold .* by the figures of \d", trained.stdout, re.M
     ), trained.stdout

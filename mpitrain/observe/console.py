@@ -19,6 +19,7 @@ from mpitrain.observe.terminal import terminal_width
 
 SECONDS_BETWEEN_LINES = 5.0  # where there is no bar
 SECONDS_BETWEEN_PICTURES = 0.1  # of the bar
+WIDEST = 1000  # columns of a table
 WIDE = 110  # columns from which on all numbers have room beside a bar
 NARROWEST = 20  # columns of a paragraph
 LEVELS = ("debug", "info", "warning", "error")
@@ -92,9 +93,9 @@ class Console:
             self.show(head + text)
 
     def paragraph(self, head: Text, text: Text) -> None:
-        """Lines below each other behind their head, none wider than the screen unless a word is."""
-        room = max(NARROWEST, self.width - len(head))
-        for line in wrap(text.plain, room, break_long_words=False, break_on_hyphens=False) or [""]:
+        """Lines below each other behind their head, none wider than the screen; on a terminal long words stay whole."""
+        room, cut = max(NARROWEST, self.width - len(head)), not self._rich.is_terminal
+        for line in wrap(text.plain, room, break_long_words=cut, break_on_hyphens=False) or [""]:
             self.show(head + Text(line, text.style))
             head = Text(" " * len(head))
 
@@ -103,7 +104,10 @@ class Console:
         return LEVELS.index(level) >= LEVELS.index(self.level)
 
     def show(self, renderable: Any) -> None:
-        """A table, or any other thing that rich can draw."""
+        """A table, whose numbers no screen is too narrow for, or any other thing that rich can draw."""
+        if isinstance(renderable, Table):
+            options = self._rich.options.update(max_width=WIDEST)
+            renderable.width = self._rich.measure(renderable, options=options).maximum
         self._rich.print(renderable)
 
     def start_steps(self, done: int, total: int) -> None:

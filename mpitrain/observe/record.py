@@ -20,14 +20,15 @@ from mpitrain.observe.lines import Line, read_lines, step_of
 
 TRIAL = ".mpitrain-doctor-"  # what doctor's directories begin with
 STARTS, LOCK = "starts.json", "lock"
+PLANNED = ("machine.toml", "plan.json", "schedule.png", "schedule.svg")
 METRICS, EVALUATIONS, LEDGER = "metrics.jsonl", "evaluations.jsonl", "ledger.json"
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
 SECONDS_FOR_A_PREDECESSOR = 10  # a job that was killed may take a moment to be gone
 
 
-def is_trial(place: Path) -> bool:
-    """Whether `mpitrain doctor` has left it."""
-    return place.name.startswith(TRIAL)
+def is_before_a_run(place: Path) -> bool:
+    """Whether `mpitrain doctor` or `plan` has left it."""
+    return place.name.startswith(TRIAL) or place.name in PLANNED
 
 
 class RunDirectory:
@@ -41,14 +42,18 @@ class RunDirectory:
         self._lock: TextIO | None = None
         self._number = 0
 
+    def require_ours(self) -> None:
+        """Refuse a directory that holds something else than a run (UsageError)."""
+        if self.path.is_dir() and not all(map(is_before_a_run, self.path.iterdir())) and not self.checkpoints.is_dir():
+            raise UsageError(f"--out {self.path}: holds other things than a run; give a new or an empty directory")
+
     def create(self) -> None:
         """Make the directory and its parents, and keep others from writing into it for as long as this object lives.
 
         Raises:
             UsageError: it holds something else than a run, or another job writes to it.
         """
-        if self.path.is_dir() and not all(map(is_trial, self.path.iterdir())) and not self.checkpoints.is_dir():
-            raise UsageError(f"--out {self.path}: holds other things than a run; give a new or an empty directory")
+        self.require_ours()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = lock = (self.path / LOCK).open("a+", encoding="utf-8")
         for _ in range(SECONDS_FOR_A_PREDECESSOR):
@@ -101,7 +106,7 @@ class RunDirectory:
         """How many starts in a row have begun at this step, this one included; none of those before came to an end."""
         file = self.path / STARTS
         try:
-            before = parse_json(file.read_text(encoding="utf-8"))
+            before = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
             number = 1 + int(before["starts"]) if before["step"] == step else 1
         except (OSError, ValueError, KeyError, TypeError, OverflowError):  # none or damaged
             number = 1
@@ -153,7 +158,7 @@ class RunDirectory:
 
     def _account(self) -> tuple[list[ledger.Start], list[Line], list[Line]]:
         file = self.path / LEDGER
-        starts = ledger.read_starts(file.read_text(encoding="utf-8", errors="replace")) if file.exists() else []
+        starts = ledger.read_starts(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else []
         return starts, read_lines(self.path / METRICS)[0], read_lines(self.path / EVALUATIONS)[0]
 
 

@@ -6,6 +6,7 @@ import io
 import re
 
 import pytest
+from rich.table import Table
 
 from mpitrain.observe.console import Console
 
@@ -64,6 +65,17 @@ def test_a_line_to_be_copied_stays_whole():
     command = f"python -m mpitrain export {'--an option ' * 10}"
     console.say_whole("next", command)
     assert plain(written.getvalue()) == f"next     {command}\n"
+
+
+@pytest.mark.parametrize("width", [40, None])
+def test_no_screen_is_too_narrow_for_the_numbers_of_a_table(width):
+    console, written = a_console(width)
+    table = Table()
+    for number in range(12):
+        table.add_column(str(number), no_wrap=True)
+    table.add_row(*["123,456,789"] * 12)
+    console.show(table)
+    assert plain(written.getvalue()).count("123,456,789") == 12
 
 
 def test_in_a_file_progress_is_a_line_now_and_then_and_no_bar():
