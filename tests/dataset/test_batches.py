@@ -45,6 +45,13 @@ def test_every_sequence_is_trained_on_once_per_epoch_and_counted_once(lengths, b
         assert all(len(step.costs) == len(step.micro_batches) for step in steps)
 
 
+@pytest.mark.parametrize("number, steps", [(1, 1), (3, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+def test_the_last_batch_of_an_epoch_may_be_smaller(number, steps):
+    plan = plan_of(np.full(number, 7, np.int64), batch_size=4)
+    assert plan.steps_per_epoch == steps
+    assert sum(map(len, plan.step(steps - 1).micro_batches)) == number - 4 * (steps - 1)
+
+
 @given(lengths_of, st.integers(1, 9), st.booleans())
 def test_replicas_share_a_step_and_are_told_how_evenly(lengths, num_replicas, reproducible):
     step = plan_of(lengths, batch_size=len(lengths), micro_batches=8).step(0)

@@ -69,8 +69,8 @@ MUTANTS = [
     Mutant(
         "a stop that is not voted on",
         "step.py",
-        "math.nan, stops > 0, unready == 0",
-        "math.nan, stop, unready == 0",
+        "grad_norm, stops > 0, unready == 0",
+        "grad_norm, stop, unready == 0",
         "exam/test_stops.py -k at_one_step",
     ),
     Mutant(
