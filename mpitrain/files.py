@@ -237,6 +237,22 @@ def write_durably(path: Path, text: str) -> None:
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file aside, then put it in place, so that readers see the old or the new one, never half."""
+    _written_aside(path, text).replace(path)
+
+
+def create_file(path: Path, text: str) -> None:
+    """The same, but whoever has put one in place before is left as he is."""
+    aside = _written_aside(path, text)
+    try:
+        path.hardlink_to(aside)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        aside.replace(path)
+    aside.unlink(missing_ok=True)
+
+
+def _written_aside(path: Path, text: str) -> Path:
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     write_durably(aside, text)
-    aside.replace(path)
+    return aside

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mpitrain.errors import MpitrainError, UsageError
-from mpitrain.files import can_be_written, parse_json, replace_file
+from mpitrain.files import can_be_written, create_file, parse_json, replace_file
 from mpitrain.observe import ledger
 from mpitrain.observe.lines import Line, read_lines, step_of
 
 TRIAL = ".mpitrain-doctor-"  # what doctor's directories begin with
 STARTS, LOCK = "starts.json", "lock"
 PLANNED = ("machine.toml", "plan.json", "schedule.png", "schedule.svg")
-METRICS, EVALUATIONS, LEDGER = "metrics.jsonl", "evaluations.jsonl", "ledger.json"
+EXIT, METRICS, EVALUATIONS, LEDGER = "exit.json", "metrics.jsonl", "evaluations.jsonl", "ledger.json"
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
 SECONDS_FOR_A_PREDECESSOR = 10  # a job that was killed may take a moment to be gone
 
@@ -97,7 +97,7 @@ class RunDirectory:
             for name, found in ((METRICS, lines), (EVALUATIONS, evaluations)):
                 kept = (json.dumps(line) for line in found if step_of(line) <= step)
                 replace_file(self.path / name, "".join(f"{line}\n" for line in kept))
-            (self.path / "exit.json").unlink(missing_ok=True)
+            (self.path / EXIT).unlink(missing_ok=True)
         starts.append(ledger.Start(step=step, ranks=ranks, nodes=nodes, start=seconds, seconds=seconds))
         self.write(LEDGER, ledger.STARTS.dump_python(starts))
         self._number = len(starts)
@@ -144,9 +144,10 @@ class RunDirectory:
             saves: seconds of saves after the last step.
         """
         told = {"code": code, "reason": reason, "step": step}
-        self.write("exit.json", told)
+        with can_be_written(self.path / EXIT):  # a rank that ends the job may have told more, and end this one now
+            create_file(self.path / EXIT, json.dumps(told, indent=1) + "\n")
         with suppress(MpitrainError):  # the code is what matters
-            self.write("exit.json", told | {"node_hours": self._settled(seconds, saves)})
+            self.write(EXIT, told | {"node_hours": self._settled(seconds, saves)})
 
     def _settled(self, seconds: float | None, saves: float) -> dict[str, float]:
         starts, lines, evaluations = self._account()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -15,6 +16,7 @@ from tiny import make_tiny, metrics_of, ranks_of
 
 from mpitrain.observe.ledger import Start, by_start, node_hours, read_starts, see, settle
 from mpitrain.observe.lines import read_lines
+from mpitrain.observe.record import RunDirectory
 
 NODES = 3
 
@@ -166,3 +168,17 @@ def test_a_run_that_is_killed_and_started_again_counts_both_starts(tmp_path):
     assert [(line["split"], line["step"]) for line in evaluations][:2] == [("dev", 26), ("dev", 30)]
     scores = json.loads((run / "eval.json").read_text())
     assert evaluations[-1]["split"] == "test" and evaluations[-1]["f1_conlleval"] == scores["test"]["f1_conlleval"]
+
+
+def test_a_rank_that_is_ended_while_it_tells_the_code_leaves_what_another_has_told(tmp_path, monkeypatch):
+    RunDirectory(tmp_path).write_exit(70, "first", 3)
+    whole = (tmp_path / "exit.json").read_text()
+    assert json.loads(whole)["node_hours"]["used"] == 0
+    monkeypatch.setattr(RunDirectory, "_settled", lambda *told: sys.exit("by another rank"))
+    with pytest.raises(SystemExit):
+        RunDirectory(tmp_path).write_exit(70, "second", 3)
+    assert (tmp_path / "exit.json").read_text() == whole and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "exit.json").unlink()
+    with pytest.raises(SystemExit):
+        RunDirectory(tmp_path).write_exit(70, "alone", 3)
+    assert json.loads((tmp_path / "exit.json").read_text()) == {"code": 70, "reason": "alone", "step": 3}
