@@ -30,9 +30,9 @@ class Report:
         for finding in findings:
             self.findings.append(finding)
             head = Text.assemble((f"{finding.verdict:<5}", STYLES[finding.verdict]), (f"{finding.check:<14}", "bold"))
-            self._console.paragraph(head, Text(finding.found))
+            self._console.paragraph(head, finding.found)
             if finding.advice:
-                self._console.paragraph(Text(" " * len(head)), Text(f"-> {finding.advice}"))
+                self._console.paragraph(Text(" " * len(head)), f"-> {finding.advice}")
 
     def end(self, facts: dict[str, Any], *, as_json: bool) -> int:
         """Sum it up, and write the document to standard output if it is wanted; the exit code."""

@@ -69,34 +69,35 @@ class Console:
     def say(self, topic: str, text: str) -> None:
         """A line with its topic in front."""
         if self.hears("info"):
-            self._tell(Text(f"{topic:<9}", "bold"), Text(text))
+            self._tell(f"{topic:<9}", "bold", text)
 
     def say_whole(self, topic: str, text: str) -> None:
         """A line to be copied, which no screen is too narrow for."""
         if self.hears("info"):
-            self.show(Text(f"{topic:<9}", "bold") + Text(text))
+            self.show(Text.assemble((f"{topic:<9}", "bold"), text))
 
     def detail(self, topic: str, text: str) -> None:
         """A line for who looks for a fault."""
         if self.hears("debug"):
-            self._tell(Text(f"{topic:<9}", "bold dim"), Text(text, "dim"))
+            self._tell(f"{topic:<9}", "bold dim", text, "dim")
 
     def warn(self, text: str) -> None:
         """A line that should not be overlooked."""
         if self.hears("warning"):
-            self._tell(Text("warning  ", "bold yellow"), Text(text))
+            self._tell("warning  ", "bold yellow", text)
 
-    def _tell(self, head: Text, text: Text) -> None:
+    def _tell(self, topic: str, bold: str, text: str, style: str = "") -> None:
+        head = Text.assemble((topic, bold))
         if self._rich.is_terminal:
-            self.paragraph(head, text)
+            self.paragraph(head, text, style)
         else:
-            self.show(head + text)
+            self.show(Text.assemble(head, (text, style)))
 
-    def paragraph(self, head: Text, text: Text) -> None:
+    def paragraph(self, head: Text, text: str, style: str = "") -> None:
         """Lines below each other behind their head, none wider than the screen; on a terminal long words stay whole."""
         room, cut = max(NARROWEST, self.width - len(head)), not self._rich.is_terminal
-        for line in wrap(text.plain, room, break_long_words=cut, break_on_hyphens=False) or [""]:
-            self.show(head + Text(line, text.style))
+        for line in wrap(text, room, break_long_words=cut, break_on_hyphens=False) or [""]:
+            self.show(Text.assemble(head, (line, style)))
             head = Text(" " * len(head))
 
     def hears(self, level: str) -> bool:

@@ -60,6 +60,15 @@ def test_on_a_terminal_words_stay_whole_and_behind_their_topic(width):
     assert len(lines) == 2 if width is None else width - 6 < max(map(len, lines)) <= width
 
 
+def test_on_a_terminal_a_topic_alone_is_bold_and_a_long_word_stays_whole():
+    console, written = a_console(80)
+    for tell in (console.say, console.say_whole):
+        tell("topic", "words")
+    path = "/".join(["directory"] * 12)
+    console.say("run", f"into {path}")
+    assert written.getvalue().count("\x1b[1mtopic    \x1b[0mwords\n") == 2 and path in written.getvalue()
+
+
 def test_a_line_to_be_copied_stays_whole():
     console, written = a_console(80)
     command = f"python -m mpitrain export {'--an option ' * 10}"
