@@ -106,7 +106,11 @@ def test_a_job_that_hits_its_time_limit_is_requeued_and_ends_with_the_bits_of_on
 
 
 def test_a_job_with_a_mistake_is_not_requeued(site):
-    job = site.submit(site.write("wrong.sh", "--out", "wrong", "--mesh.data", "3"))
+    script = site.write("wrong.sh", "--out", "wrong", "--mesh.data", "2")
+    text = script.read_text()
+    assert text.count("--mesh.data 2") == 1
+    script.write_text(text.replace("--mesh.data 2", "--mesh.data 3"))  # by hand: `job` would not
+    job = site.submit(script)
     found = site.end(job)
     assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "64:0", "0"), site.output(job)
     assert "3 data x 1 pipe x 1 tensor = 3, but there are 4 ranks" in site.output(job)
