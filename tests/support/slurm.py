@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import re
 import shutil
 import socket
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from launching import clean_environment
@@ -32,6 +33,7 @@ CONFIGURATION = """ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
+FirstJobId={first}
 AuthInfo=socket={place}/munge.socket,cred_expire=10
 StateSaveLocation={place}/state
 SlurmdSpoolDir={place}/spool-%n
@@ -83,7 +85,9 @@ class Slurm:
 
     def _configure(self) -> None:
         host, ports = platform.node().partition(".")[0], _free_ports(1 + len(self.names))
-        text = CONFIGURATION.format(host=host, place=self._place, ports=ports)
+        # MPICH names its shared memory after job and step, and that of a killed job stays: never twice the same number.
+        first = random.randrange(1, 2**26)
+        text = CONFIGURATION.format(host=host, place=self._place, ports=ports, first=first)
         for name, port in zip(self.names, ports[1:], strict=True):
             text += NODE.format(name=name, host=host, port=port, cpus=self.cpus)
             (self._place / f"spool-{name}").mkdir()
@@ -141,9 +145,13 @@ class Slurm:
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        found = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in found]
+    """Of those that no outgoing connection is given: it would be there before the daemon."""
+    free: list[int] = []
+    while len(free) < count:
+        port = random.randrange(10000, 32768)
+        with suppress(OSError), socket.create_server(("", port)):
+            free += [] if port in free else [port]
+    return free
 
 
 def _wait_for(condition: Callable[[], bool], otherwise: str, log: Callable[[], str]) -> None:
