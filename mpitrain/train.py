@@ -22,7 +22,7 @@ from mpitrain.resume import resume, save_checkpoint
 from mpitrain.run import Run, build
 from mpitrain.runtime.agree import Comm, collect, share, together
 from mpitrain.runtime.failpoints import reach
-from mpitrain.runtime.launch import StopRequest, last_words
+from mpitrain.runtime.launch import StopRequest, last_words, stay_if_ending
 from mpitrain.runtime.notes import note
 from mpitrain.runtime.survive import is_loss
 from mpitrain.tracing import Tracing
@@ -79,6 +79,7 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest, born:
             compare_with_forecast(run)
             reach("end")
             run.close()
+            stay_if_ending()  # a rank that was stuck may have been woken, to be asked where
             comm.Barrier()  # a rank that fails until here has the last word in exit.json
     except BaseException as error:
         if run is not None and config.runtime.on_failure == "shrink" and is_loss(error):

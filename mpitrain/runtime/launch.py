@@ -193,6 +193,18 @@ LESS_MEMORY = (
     "--checkpoint.async false take less"
 )
 _last_words: list[Callable[[BaseException], object]] = []
+_ending = threading.Event()
+
+
+def announce_end() -> None:
+    """Some thread of this rank is going to end the job, whatever the others still come to."""
+    _ending.set()
+
+
+def stay_if_ending() -> None:
+    """Never come back if some thread of this rank is going to end the job: what goes on must not be told as done."""
+    while _ending.is_set():
+        time.sleep(1)
 
 
 @contextmanager
@@ -212,6 +224,7 @@ def _say(say: Callable[[BaseException], object], error: BaseException) -> None:
 
 def abort(world: Any, error: BaseException, trace: TracebackType | None) -> NoReturn:
     """Print the cause with this rank's number and take all ranks down with its exit code."""
+    announce_end()
     if isinstance(error, MpitrainError):
         text = f"error (rank {world.rank}): {error}\n"
     else:

@@ -23,6 +23,7 @@ from mpitrain.errors import MpitrainError
 from mpitrain.runtime import notes
 from mpitrain.runtime.agree import Comm, any_rank
 from mpitrain.runtime.gossip import Gossip
+from mpitrain.runtime.launch import announce_end
 from mpitrain.runtime.notes import State
 from mpitrain.runtime.rollcall import Board, call_the_roll, describe_stacks
 
@@ -116,6 +117,7 @@ class Watch:
 
     def _report(self) -> MpitrainError:
         """Say where all ranks of this node are; the stacks come last, as who was stopped goes on by being asked."""
+        announce_end()
         roll, gossip = call_the_roll(self._board.ranks), self._gossip
         if gossip is not None:  # the first node to end the job ends it for all
             _write(roll)
