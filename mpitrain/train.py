@@ -16,7 +16,7 @@ from mpitrain.evaluate import evaluate
 from mpitrain.files import user_path
 from mpitrain.metrics import is_plain
 from mpitrain.observe.console import Console, score_table
-from mpitrain.observe.record import RunDirectory
+from mpitrain.observe.record import EXIT, RunDirectory
 from mpitrain.recording import compare_with_forecast, record_ranks, record_scores, record_step
 from mpitrain.resume import resume, save_checkpoint
 from mpitrain.run import Run, build
@@ -79,8 +79,9 @@ def train(comm: Comm, config: Config, console: Console, stop: StopRequest, born:
             compare_with_forecast(run)
             reach("end")
             run.close()
-            stay_if_ending()  # a rank that was stuck may have been woken, to be asked where
             comm.Barrier()  # a rank that fails until here has the last word in exit.json
+            stay_if_ending()  # who was stuck until then may have been woken, to be asked where
+            comm.Barrier()  # and nobody tells the end who cannot know of that
     except BaseException as error:
         if run is not None and config.runtime.on_failure == "shrink" and is_loss(error):
             run.abandon()
@@ -113,7 +114,7 @@ def forget_last_exit(comm: Comm, out: Path | None) -> RunDirectory | None:
         if comm.rank == 0:
             with user_path("--out", out):
                 directory.create()
-                (out / "exit.json").unlink(missing_ok=True)
+                (out / EXIT).unlink(missing_ok=True)
     return directory
 
 
@@ -164,7 +165,6 @@ def run_steps(run: Run, tracing: Tracing) -> str:
     finally:
         run.console.stop_steps()
         batches.close()
-    refuse_to_go_on_without_updates(run)  # nor is a run done that was stopped by it at its last step
     return ""
 
 
