@@ -10,7 +10,7 @@ from typing import Any
 
 from mpitrain import __version__
 from mpitrain.checkpoint.load import fill, holds, newest_usable, verify
-from mpitrain.checkpoint.manifest import MANIFEST, Manifest, committed, find_checkpoint
+from mpitrain.checkpoint.manifest import MANIFEST, Manifest, candidates, find_checkpoint
 from mpitrain.checkpoint.save import forget_after
 from mpitrain.drift import raise_together
 from mpitrain.errors import NoProgressError, UsageError
@@ -129,7 +129,7 @@ def _refuse_foreign_checkpoints(run: Run, resumed: Path | None) -> None:
     """A run directory holds one run: that of the checkpoint it is resumed from, if any (collective)."""
     with together(run.world, "looking for checkpoints"):
         if run.world.rank == 0:
-            found = committed(run.directory.checkpoints)
+            found = candidates(run.directory.checkpoints)
             if found and (resumed is None or resumed.resolve().parent != found[0].resolve().parent):
                 raise UsageError(
                     f"--resume {run.config.resume}: {run.directory.checkpoints} holds checkpoints of another run; "

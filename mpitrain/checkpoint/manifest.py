@@ -1,13 +1,14 @@
 """The commit mark of a checkpoint: which files hold which slices of which tensors, with every file's sha256.
 
-A directory `step-NNNNNNNN` is a checkpoint if, and only if, it holds a manifest; the manifest is written last, and
-the directory gets its name only then. Tensors go by their logical (Hugging Face) name; a piece is the range
+A directory `step-NNNNNNNN` is a checkpoint; the manifest is written last, and the directory gets its name only then, so
+that one without a manifest is damaged. Tensors go by their logical (Hugging Face) name; a piece is the range
 [start, stop) of the flattened tensor, or of some columns of it, so any mesh can read what any other mesh wrote.
 """
 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,10 +140,13 @@ def find_checkpoint(place: Path, *, best: bool = True) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if (place / "manifest.json").is_file():
+    if (place / MANIFEST).is_file():
         return place
     found = candidates(place / "checkpoints") or candidates(place)
     if not found:
         raise CheckpointError(f"{place}: no complete checkpoint; give a run directory or one checkpoint")
-    best_step = read_manifest(found[0]).progress.best_step if best else -1
+    best_step = -1
+    if best:
+        with suppress(CheckpointError):  # who reads what is found tells what is wrong with it
+            best_step = read_manifest(found[0]).progress.best_step
     return next((path for path in found if path.name == f"step-{best_step:08d}"), found[0])

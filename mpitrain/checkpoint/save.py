@@ -16,11 +16,11 @@ import h5py
 import numpy as np
 
 from mpitrain.checkpoint.manifest import (
-    STEP_DIRECTORY,
     FileEntry,
     Manifest,
     Piece,
     Progress,
+    candidates,
     committed,
     read_manifest,
     write_manifest,
@@ -104,7 +104,7 @@ def commit(aside: Path, final: Path, manifest: Manifest) -> None:
     """Make what lies aside the checkpoint `final`, durably (rank 0 only)."""
     reach("save.manifest")
     write_manifest(aside, manifest)
-    if final.exists():  # a directory of that name without a manifest is no checkpoint
+    if final.exists():  # it is damaged, or its step has been done again
         discard(final)
     reach("save.rename")
     aside.rename(final)
@@ -116,16 +116,14 @@ def retain(checkpoints: Path, keep: int, pinned: int) -> None:
     """Delete all checkpoints but the newest `keep` and that of step `pinned` (rank 0 only, after a commit)."""
     reach("save.retain")
     for place in committed(checkpoints)[keep:]:
-        match = STEP_DIRECTORY.fullmatch(place.name)
-        if match and int(match[1]) != pinned:
+        if place.name != f"step-{pinned:08d}":
             discard(place)
 
 
 def forget_after(checkpoints: Path, step: int) -> None:
     """Delete checkpoints of steps that are to be done again, damaged ones among them (rank 0 only, on a resume)."""
-    for place in committed(checkpoints):
-        match = STEP_DIRECTORY.fullmatch(place.name)
-        if match and int(match[1]) > step:
+    for place in candidates(checkpoints):
+        if place.name > f"step-{step:08d}":
             discard(place)
 
 

@@ -335,6 +335,9 @@ def test_a_run_means_its_best_checkpoint_or_its_newest(lonely):
     best = lonely / "checkpoints" / "step-00000002"
     assert find_checkpoint(lonely) == find_checkpoint(lonely / "checkpoints") == find_checkpoint(best) == best
     assert find_checkpoint(lonely, best=False) == find_checkpoint(newest) == newest
+    (newest / "manifest.json").rename(lonely / "lost")
+    assert find_checkpoint(lonely) == newest, "who reads it tells what is wrong"
+    (lonely / "lost").rename(newest / "manifest.json")
     shutil.rmtree(best)
     assert find_checkpoint(lonely) == newest
     with pytest.raises(CheckpointError, match="nowhere: no complete checkpoint"):

@@ -123,6 +123,7 @@ def test_a_pointer_to_the_latest_is_not_believed(reference: Exam, told, content)
         (place / "latest").write_bytes(content)
     (run / "checkpoints" / "step-00000099").mkdir()
     reference.finish(2, out, NUM_STEPS)
+    assert not (run / "checkpoints" / "step-00000099").exists()
     told(f"a file `latest` of {content!r}, an empty step-00000099", "went on from step 6, bit-equal")
 
 
