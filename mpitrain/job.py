@@ -126,7 +126,7 @@ def _require_mesh(settings: Config, num_ranks: int) -> None:
     """Refuse what no model could train on; `plan` tells whether this one can."""
     asked = {axis: size for axis in ("data", "pipe", "tensor") if (size := getattr(settings.mesh, axis)) is not None}
     product = math.prod(asked.values())
-    if num_ranks % product or (len(asked) == 3 and num_ranks != product):
+    if num_ranks % product or ({"data", "pipe"} <= asked.keys() and num_ranks != product):  # then tensor is 1
         flags = " ".join(f"--mesh.{axis} {size}" for axis, size in asked.items())
         raise UsageError(
             f"{flags}: the job has {num_ranks} ranks, of which no such mesh can be made; plan --ranks "

@@ -158,6 +158,7 @@ WRONG = [
     ("lsf", (*ASKED, "--mpi", "cray"), "--mpi cray: .* spectrum; give one"),
     ("slurm", (*ASKED, "--mesh.pipe", "5"), "--mesh.pipe 5: the job has 12 ranks"),
     ("slurm", (*ASKED, "--mesh.data", "2", "--mesh.pipe", "2", "--mesh.tensor", "2"), "the job has 12 ranks"),
+    ("slurm", (*ASKED, "--mesh.data", "2", "--mesh.pipe", "2"), "the job has 12 ranks"),
     ("lsf", (*ASKED, "--resume", "none"), "--resume none: each start of a job has to go on from its own run"),
     ("flux", (*ASKED, "--gpus-per-node", "6"), "--gpus-per-node 6: .*4 ranks.*a multiple of 4 would work"),
     ("slurm", (*ASKED, "--train.epochs", "x"), "--train.epochs: .*found 'x'"),
