@@ -6,10 +6,12 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -40,6 +42,16 @@ class _Unbreakable(RichConsole):
             super()._check_buffer()
         except OSError:
             self.on_broken_pipe()
+
+
+@dataclass(frozen=True)
+class _Roomy:
+    """Something to draw as if the screen were so wide that tables lose no digit."""
+
+    what: RenderableType
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.what, options.update(max_width=WIDEST))
 
 
 class Console:
@@ -94,7 +106,7 @@ class Console:
             self.show(Text.assemble(head, (text, style)))
 
     def paragraph(self, head: Text, text: str, style: str = "") -> None:
-        """Lines below each other behind their head, none wider than the screen; on a terminal long words stay whole."""
+        """One line of text, wrapped behind its head; a word too long is cut in a file, and left whole on a terminal."""
         room, cut = max(NARROWEST, self.width - len(head)), not self._rich.is_terminal
         for line in wrap(text, room, break_long_words=cut, break_on_hyphens=False) or [""]:
             self.show(Text.assemble(head, (line, style)))
@@ -105,11 +117,8 @@ class Console:
         return LEVELS.index(level) >= LEVELS.index(self.level)
 
     def show(self, renderable: Any) -> None:
-        """A table, whose numbers no screen is too narrow for, or any other thing that rich can draw."""
-        if isinstance(renderable, Table):
-            options = self._rich.options.update(max_width=WIDEST)
-            renderable.width = self._rich.measure(renderable, options=options).maximum
-        self._rich.print(renderable)
+        """Anything that rich can draw; no screen is too narrow for the numbers of a table."""
+        self._rich.print(_Roomy(renderable))
 
     def start_steps(self, done: int, total: int) -> None:
         """Begin to show progress, from step `done` to `total`."""

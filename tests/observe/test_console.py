@@ -6,6 +6,7 @@ import io
 import re
 
 import pytest
+from rich.console import Group
 from rich.table import Table
 
 from mpitrain.observe.console import Console
@@ -83,8 +84,10 @@ def test_no_screen_is_too_narrow_for_the_numbers_of_a_table(width):
     for number in range(12):
         table.add_column(str(number), no_wrap=True)
     table.add_row(*["123,456,789"] * 12)
-    console.show(table)
-    assert plain(written.getvalue()).count("123,456,789") == 12
+    for shown in (table, Group("a line", Group(table))):
+        written.truncate(0)
+        console.show(shown)
+        assert plain(written.getvalue()).count("123,456,789") == 12
 
 
 def test_in_a_file_progress_is_a_line_now_and_then_and_no_bar():
