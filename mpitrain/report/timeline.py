@@ -48,7 +48,7 @@ def read_steps(file: Path) -> tuple[list[Step], bool]:
         raise DataError(f"{file}: {error.strerror}; train with --trace N, and give the run's directory") from None
     except ScheduleError as error:
         raise DataError(f"{file}: holds a step that no schedule has: {error}") from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, ArithmeticError) as error:
         raise DataError(f"{file}: is no trace of a run, or damaged: {error!r}") from None
     if not steps:
         raise DataError(f"{file}: holds no step")

@@ -126,9 +126,13 @@ def test_each_pass_counts_with_its_own_time(tmp_path):
     assert [span.stop for span in step.predicted.spans[0][:3]] == [1, 3, 6]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[]", '{"traceEvents": [], "otherData": {"places": [[0]]}}', '{"otherData": 1}', "\xff"]
-)
+PASS = '{"ph": "X", "cat": "compute", "pid": 0}'
+NO_TRACES = ["", "{}", "[]", '{"traceEvents": [], "otherData": {"places": [[0]]}}', '{"otherData": 1}', "\xff"]
+PLACES = ('[[0]], "tensor": 0', "[]")
+NO_TRACES += [f'{{"traceEvents": [{PASS}], "otherData": {{"places": {told}}}}}' for told in PLACES]
+
+
+@pytest.mark.parametrize("text", NO_TRACES)
 def test_what_is_no_trace_is_refused(tmp_path, text):
     (tmp_path / "trace.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"is no trace of a run|holds no step"):
