@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import secrets
 import tomllib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -253,6 +254,6 @@ def create_file(path: Path, text: str) -> None:
 
 
 def _written_aside(path: Path, text: str) -> Path:
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")  # ranks of two nodes may have one number
     write_durably(aside, text)
     return aside
