@@ -87,12 +87,12 @@ def read_machine(file: Path) -> Machine:
     Raises:
         UsageError: it cannot be read, or a field of it is wrong: all of them at once.
     """
-    if not file.is_file():
-        raise UsageError(f"--machine {file}: there is no such file; `plan --out DIR` writes one, DIR/machine.toml")
     try:
         return Machine.model_validate(parse_toml(file.read_text(encoding="utf-8")))
     except OSError as error:
-        raise UsageError(f"--machine {file}: cannot be read: {error.strerror}") from None
+        raise UsageError(
+            f"--machine {file}: cannot be read: {error.strerror}; `plan --out DIR` writes one, DIR/machine.toml"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--machine {file}: is not TOML: {error}") from None
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -46,15 +47,17 @@ def test_a_file_that_was_written_says_the_same_when_it_is_read(tmp_path):
 
 def test_all_mistakes_of_a_file_are_told_at_once(tmp_path):
     file = tmp_path / "m.toml"
-    file.write_text("ranks_per_node = 0\ngflops = 'many'\nmemory_gib_per_node = 4\nspeed = 3\n")
+    file.write_text("ranks_per_node = 0\ngflops = 'many'\nsum_gb_per_second = inf\nspeed = 3\n")
     with pytest.raises(UsageError) as caught:
         read_machine(file)
     text = str(caught.value)
     assert all(word in text for word in (str(file), "ranks_per_node", "found 0", "gflops", "found 'many'", "speed"))
+    assert re.search("sum_gb_per_second: .*found inf", text)
+    assert re.search("memory_gib_per_node: [^;]*$", text, re.M), "what is not there has no value"
 
 
 @pytest.mark.parametrize(
-    "content, problem", [(None, "there is no such file"), (b"a = = 1", "is not TOML"), (b"\xff", "is not TOML")]
+    "content, problem", [(None, "cannot be read"), (b"a = = 1", "is not TOML"), (b"\xff", "is not TOML")]
 )
 def test_what_is_no_such_file_is_said(tmp_path, content, problem):
     file = tmp_path / "m.toml"
