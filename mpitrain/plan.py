@@ -22,6 +22,7 @@ from mpitrain.gauge import gauge
 from mpitrain.machine import Load, Machine, kept_file, read_machine
 from mpitrain.model.cost import block_costs
 from mpitrain.observe.console import Console
+from mpitrain.observe.record import MACHINE, PLAN
 from mpitrain.pipeline.draw import LEGEND, text, write
 from mpitrain.pipeline.prove import Proof
 from mpitrain.problem import Problem, find_problem
@@ -70,8 +71,8 @@ def plan(
             if config.machine is None:
                 _keep(machine, config, num_ranks, console)
             if config.out is not None:
-                machine.write(config.out / "machine.toml")
-                replace_file(config.out / "plan.json", json.dumps([each.document() for each in found], indent=1) + "\n")
+                machine.write(config.out / MACHINE)
+                replace_file(config.out / PLAN, json.dumps([each.document() for each in found], indent=1) + "\n")
             if show_schedule:
                 _show(console, config.out, found[0].arrangement, proof)
 

@@ -181,8 +181,10 @@ def test_a_resumed_run_multiplies_by_the_library_of_the_run_before(problem, libr
     assert done.returncode == 0, done.stdout + done.stderr
     shutil.copytree(whole, half)
     shutil.rmtree(half / "checkpoints" / "step-00000008")
+    settings = (*settings, "--pipeline.schedule", "gpipe")  # the same with one stage
     done = mpitrain(2, *settings, "--out", str(half), cwd=place, **environment)
     assert done.returncode == 0 and "resume   step 4" in done.stdout, done.stdout + done.stderr
+    assert "--pipeline.schedule was 1f1b, is gpipe from here on" in done.stdout
     assert json.loads((half / "config.json").read_text())["linear"] == library
     assert_same_run(half, whole)
 

@@ -12,7 +12,7 @@ import torch
 from mpitrain.comm import gpu
 from mpitrain.comm.buffers import Transport
 from mpitrain.config import Config
-from mpitrain.errors import ExitCode, MpitrainError, error_of, on_all_ranks
+from mpitrain.errors import ExitCode, MpitrainError, code_of, error_of, on_all_ranks
 from mpitrain.runtime.agree import Comm, collect
 from mpitrain.runtime.device import (
     Cores,
@@ -75,10 +75,9 @@ def everywhere(comm: Comm, what: str, measure: Callable[[], Any]) -> list[Any]:
     note(what.encode(), state=State.WORKING)
     try:
         mine = [measure(), "", ExitCode.DONE]
-    except MpitrainError as error:
-        mine = [None, str(error), error.code]
     except Exception as error:  # whatever it is, the others shall not wait
-        mine = [None, f"{type(error).__name__}: {error}", ExitCode.FAULT]
+        kind = "" if isinstance(error, MpitrainError) else f"{type(error).__name__}: "
+        mine = [None, f"{kind}{error}", code_of(error)]
     found = collect(comm, mine)
     for rank, (_, why, code) in enumerate(found):
         if why:

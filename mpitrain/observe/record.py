@@ -20,7 +20,8 @@ from mpitrain.observe.lines import Line, read_lines, step_of
 
 TRIAL = ".mpitrain-doctor-"  # what doctor's directories begin with
 STARTS, LOCK = "starts.json", "lock"
-PLANNED = ("machine.toml", "plan.json", "schedule.png", "schedule.svg")
+MACHINE, PLAN = "machine.toml", "plan.json"
+PLANNED = (MACHINE, PLAN, "schedule.png", "schedule.svg")
 EXIT, METRICS, EVALUATIONS, LEDGER = "exit.json", "metrics.jsonl", "evaluations.jsonl", "ledger.json"
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
 SECONDS_FOR_A_PREDECESSOR = 10  # a job that was killed may take a moment to be gone

@@ -18,7 +18,7 @@ from mpitrain.errors import DataError
 from mpitrain.files import parse_json
 from mpitrain.observe.ledger import Start, node_hours, read_starts, see
 from mpitrain.observe.lines import Line, number, read_lines, step_of
-from mpitrain.observe.record import EVALUATIONS, LEDGER, METRICS
+from mpitrain.observe.record import EVALUATIONS, EXIT, LEDGER, METRICS
 
 Values = NDArray[np.float64]
 SCORES = ("precision", "recall", "f1", "support")
@@ -140,7 +140,7 @@ def read_run(path: Path) -> Recorded:
         lines=kept,
         evaluations=evaluations,
         scores=_table(path / "eval.json", notes, optional=True),
-        exit=_table(path / "exit.json", notes, optional=True),
+        exit=_table(path / EXIT, notes, optional=True),
         ranks=_ranks(path / "ranks.json"),
         starts=starts,
         notes=notes,
@@ -181,7 +181,7 @@ def _notes(run: Recorded, damaged: int, repeated: int) -> Iterator[str]:
     skipped = int(np.count_nonzero(~np.isfinite(run.column("grad_norm"))))
     if skipped:
         yield f"{skipped} step(s) had a loss or gradient that is not finite, and changed no weight"
-    if not (run.path / "exit.json").exists():
+    if not (run.path / EXIT).exists():
         yield "there is no exit.json: the run is under way, or its job was killed"
 
 

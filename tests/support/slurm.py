@@ -86,7 +86,7 @@ class Slurm:
     def _configure(self) -> None:
         host, ports = platform.node().partition(".")[0], _free_ports(1 + len(self.names))
         # MPICH names its shared memory after job and step, and that of a killed job stays: never twice the same number.
-        first = random.randrange(1, 2**26)
+        first = random.randrange(1, 2**25)
         text = CONFIGURATION.format(host=host, place=self._place, ports=ports, first=first)
         for name, port in zip(self.names, ports[1:], strict=True):
             text += NODE.format(name=name, host=host, port=port, cpus=self.cpus)
