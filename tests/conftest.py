@@ -8,6 +8,7 @@ ends the run on all ranks at once: the others would wait in the next collective 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` has it ignored, by whatever is started, too
 
 
 @pytest.hookimpl(trylast=True)
