@@ -51,11 +51,15 @@ if [ -n "$local_disk" ]; then
     name=$(sha256sum <"$data/dataset.json")
     # shellcheck disable=SC2016 # the nodes' shells expand this
     "${once_per_node[@]}" bash -c '[ -f "$2/dataset.json" ] ||
-        { mkdir -p "${2%/*}" && cp -r "$1" "$2.$$" && mv -T "$2.$$" "$2"; } ||
+        { mkdir -p "${2%/*}" && cp -r "$1" "$2.$$" && mv -T "$2.$$" "$2" 2>/dev/null; } ||
         { rm -rf "$2.$$" && [ -f "$2/dataset.json" ]; }' \
-        copy "$(realpath "$data")" "$local_disk/mpitrain-${name%% *}"
+        copy "$(realpath "$data")" "$local_disk/mpitrain-${name%% *}" ||
+        { echo "error: local_disk: $local_disk takes no copy on some node; another, or none, would work" >&2; exit 64; }
     data=$local_disk/mpitrain-${name%% *}
 fi
+
+left() { [ ! -f "$run/exit.json" ] || stat -c '%i %z' "$run/exit.json"; }
+before=$(left)
 
 # In the background, because a shell minds signals only between commands and in `wait`.
 "${launch[@]}" "$python" -m mpitrain --data "$data" --out "$run" "${arguments[@]}" "$@" &
@@ -64,6 +68,16 @@ trap 'kill -USR1 "$launcher" 2>/dev/null || true' USR1
 # A signal ends `wait` early, with a code of its own; the launcher's is what the last `wait` tells.
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done
 wait "$launcher" && code=0 || code=$?
+
+# Who is slow to leave may be killed by the launcher, whose code then is of that; what the run has left counts.
+case $code in
+    0 | 64 | 65 | 66 | 70 | 75 | 93) ;;
+    *)
+        after=$(left)
+        [ -z "$after" ] || [ "$after" = "$before" ] ||
+            code=$(sed -n 's/^ "code": \([0-9]*\),$/\1/p' "$run/exit.json" | grep . || echo "$code")
+        ;;
+esac
 
 # 75 is a checkpoint and time for another start. All other codes end it: done (0), to be looked into (64, 65, 66, 70),
 # no progress in three starts (93), or the launcher's own.

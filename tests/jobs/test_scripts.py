@@ -97,6 +97,17 @@ def test_75_leads_to_another_start_and_no_other_code_does(tmp_path, scheduler, c
         assert Path(following[0]).read_text() == script.read_text()
 
 
+@EACH
+@pytest.mark.parametrize("code, told, found", [(137, 75, 75), (143, 0, 0), (64, 75, 64), (137, "", 137), (1, "x", 1)])
+def test_a_code_of_the_launchers_own_gives_way_to_what_the_run_has_told(tmp_path, scheduler, code, told, found):
+    act = Act(tmp_path, scheduler)
+    script = act.script(run=".")
+    (tmp_path / "exit.json").write_text('{\n "code": 75,\n "reason": "of the last start"\n}\n')
+    done = act.run(script, CODE=str(code), TOLD=str(told))
+    assert done.returncode == found, done.stdout + done.stderr
+    assert (act.next_job(script, done.returncode) is not None) == (found == 75)
+
+
 @pytest.mark.parametrize("scheduler", ["slurm", "pbs", "flux"])
 def test_a_start_that_is_refused_is_told_and_the_code_stays(tmp_path, scheduler):
     act = Act(tmp_path, scheduler)
@@ -189,7 +200,8 @@ def test_a_copy_that_fails_ends_the_job(tmp_path, scheduler):
     (tmp_path / "full").touch()
     script = act.script(data=".", local_disk=f"'{tmp_path}/full'")
     done = act.run(script)
-    assert done.returncode not in (0, 75)
+    assert done.returncode == 64
+    assert f"error: local_disk: {tmp_path}/full takes no copy" in done.stdout + done.stderr
     assert len(act.asked()) == 1
 
 
@@ -213,6 +225,7 @@ def test_a_training_stopped_by_usr1_goes_on_in_the_next_start_until_it_is_done(t
     assert following is not None
     act.log.unlink(missing_ok=True)
     done = act.run(Path(following[0]), *following[1:], **here)
+    assert "python -m mpitrain evaluate --checkpoint 'a run'\n" in done.stdout + done.stderr
     assert done.returncode == 0, done.stdout + done.stderr
     assert act.next_job(script, 0) is None
     assert [line["step"] for line in metrics_of(run)] == list(range(1, 13))

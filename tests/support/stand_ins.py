@@ -37,7 +37,8 @@ VARIABLES = {
     "lsf": {"LSB_JOBID": "7"},
     "flux": {"FLUX_JOB_ID": "7"},
 }
-# Stands for Python: tells its arguments, may wait for a signal, and leaves with the code of the test's choice.
+# Stands for Python: tells its arguments, may wait for a signal, may leave a code in the run directory, and leaves with
+# one of the test's choice.
 PROGRAM = """#!/bin/bash
 printf '%s\\0' "$@" >"$ACT/argv.${PMI_RANK:-${OMPI_COMM_WORLD_RANK:-0}}"
 if [ -n "${SIGNALS:-}" ]; then
@@ -45,6 +46,7 @@ if [ -n "${SIGNALS:-}" ]; then
     : >"$ACT/ready.${PMI_RANK:-${OMPI_COMM_WORLD_RANK:-0}}"
     while [ "$SIGNALS" -gt 0 ]; do sleep 0.05; done
 fi
+[ -z "${TOLD:-}" ] || { printf '{\\n "code": %s,\\n "reason": "told"\\n}\\n' "$TOLD" >exit.$$ && mv exit.$$ exit.json; }
 exit "${CODE:-0}"
 """
 
