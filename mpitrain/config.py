@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -24,6 +24,12 @@ from mpitrain.sections import Checkpoint, Comm, Log, Mesh, Pipeline, Runtime, To
 
 # Variables of the program that are not fields of the configuration.
 OTHER_VARIABLES = {"MPITRAIN_CACHE", "MPITRAIN_CORPORA", "MPITRAIN_FAILPOINT"}
+
+
+def _named(value: Any) -> Any:
+    if value == "":  # a variable of a script that was never set
+        raise ValueError("a directory would work")
+    return value
 
 
 class Config(BaseSettings):
@@ -46,7 +52,7 @@ class Config(BaseSettings):
     """model card by name or path, or a Hugging Face directory with weights and tokenizer"""
     data: str = "sample"
     """dataset recipe by name or path, a folder or file of tagged text, or a folder of prepared shards"""
-    out: Path | None = None
+    out: Annotated[Path | None, BeforeValidator(_named)] = None
     """run directory; runs/<model>-<data>-<n> if not given (bench writes nothing then)"""
     resume: str = "auto"
     """auto: from the newest checkpoint in the run directory, if any; none; or a run or checkpoint directory"""

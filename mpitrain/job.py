@@ -28,6 +28,7 @@ KNOWN["pbs"] = KNOWN["slurm"]  # families whose launcher the script has; Flux st
 SUBMIT = {"slurm": "sbatch {}", "pbs": "qsub {}", "lsf": "bsub < {}", "flux": "flux batch {}"}
 FAMILIES = {"Intel MPI": "intel", "Open MPI": "openmpi", "Cray MPICH": "cray", "Spectrum MPI": "spectrum"}
 OF_THE_SCRIPT = ("--data", "--out")  # fields that have lines of their own there
+PRINTED = Path("-")
 SECONDS_TO_STOP = 180  # between USR1 and the end, in jobs that are long enough
 
 
@@ -48,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
     parser.add_argument("--queue", "--partition", type=_word, metavar="NAME", help="to wait in")
     families = ("mpich", *FAMILIES.values())
     parser.add_argument("--mpi", choices=families, help="whose launcher starts the ranks (default: that of this MPI)")
-    parser.add_argument("--script", type=Path, metavar="FILE", help="write it there (default: print it)")
+    parser.add_argument(
+        "--script", type=Path, default=PRINTED, metavar="FILE", help="write it there (default: -, print it)"
+    )
 
 
 def _seconds(text: str) -> int:
@@ -79,7 +82,7 @@ def write_script(options: argparse.Namespace, settings: Config, fields: Sequence
             f"--resume {settings.resume}: each start of a job has to go on from its own run; leave it at auto"
         )
     text = fill(options, settings, fields, options.mpi or family(library))
-    if options.script is None:
+    if options.script == PRINTED:
         sys.stdout.write(text)
         return ""
     with user_path("--script", options.script):
@@ -99,7 +102,7 @@ def family(library: str) -> str:
 
 def fill(options: argparse.Namespace, settings: Config, fields: Sequence[str], mpi: str) -> str:
     """The script, as text."""
-    _require_mesh(settings, options.nodes * options.ranks_per_node)
+    _require_mesh(settings, options.nodes, options.ranks_per_node)
     if mpi not in (known := KNOWN.get(options.scheduler, (mpi,))):
         raise UsageError(
             f"--mpi {mpi}: the script for {options.scheduler} starts ranks by {', '.join(known)}; give one"
@@ -122,15 +125,20 @@ def fill(options: argparse.Namespace, settings: Config, fields: Sequence[str], m
     return text
 
 
-def _require_mesh(settings: Config, num_ranks: int) -> None:
+def _require_mesh(settings: Config, num_nodes: int, per_node: int) -> None:
     """Refuse what no model could train on; `plan` tells whether this one can."""
-    asked = {axis: size for axis in ("data", "pipe", "tensor") if (size := getattr(settings.mesh, axis)) is not None}
+    asked, num_ranks = settings.mesh.asked, num_nodes * per_node
     product = math.prod(asked.values())
     if num_ranks % product or ({"data", "pipe"} <= asked.keys() and num_ranks != product):  # then tensor is 1
         flags = " ".join(f"--mesh.{axis} {size}" for axis, size in asked.items())
         raise UsageError(
             f"{flags}: the job has {num_ranks} ranks, of which no such mesh can be made; plan --ranks "
             f"{num_ranks} lists those that can"
+        )
+    if per_node % asked.get("tensor", 1) and not settings.mesh.tensor_across_nodes:
+        raise UsageError(
+            f"--mesh.tensor {asked['tensor']}: so many ranks share layers, and a node has {per_node}; a number that "
+            "divides those, or --mesh.tensor_across_nodes true, would work"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ def plan(
     Raises:
         UsageError: mesh, layers and schedule do not fit each other, the ranks or the model; or the machine's file.
     """
+    _require_mesh(config, num_ranks)
     problem = find_problem(comm, config, console)
     assert problem.info is not None and problem.directory is not None
     split = open_split(comm, problem.directory, problem.info, "train")
@@ -75,6 +77,14 @@ def plan(
                 replace_file(config.out / PLAN, json.dumps([each.document() for each in found], indent=1) + "\n")
             if show_schedule:
                 _show(console, config.out, found[0].arrangement, proof)
+
+
+def _require_mesh(config: Config, num_ranks: int) -> None:
+    """Refuse before anything is measured what no model and no machine could do."""
+    asked = config.mesh.asked
+    if num_ranks % math.prod(asked.values()):
+        flags = " ".join(f"--mesh.{axis} {size}" for axis, size in asked.items())
+        raise on_all_ranks(UsageError(f"{flags}: of {num_ranks} ranks no such mesh can be made; leave an axis out"))
 
 
 def _keep(machine: Machine, config: Config, num_ranks: int, console: Console) -> None:

@@ -77,6 +77,11 @@ class Mesh(Section):
     tensor_across_nodes: bool = False
     """let ranks on different nodes share layers, with eight exchanges a layer and micro-batch"""
 
+    @property
+    def asked(self) -> dict[str, int]:
+        """Ranks along the axes that are given."""
+        return {axis: size for axis in ("data", "pipe", "tensor") if (size := getattr(self, axis)) is not None}
+
 
 class Pipeline(Section):
     """How a replica's stages work together."""

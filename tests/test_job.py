@@ -159,6 +159,8 @@ WRONG = [
     ("slurm", (*ASKED, "--mesh.pipe", "5"), "--mesh.pipe 5: the job has 12 ranks"),
     ("slurm", (*ASKED, "--mesh.data", "2", "--mesh.pipe", "2", "--mesh.tensor", "2"), "the job has 12 ranks"),
     ("slurm", (*ASKED, "--mesh.data", "2", "--mesh.pipe", "2"), "the job has 12 ranks"),
+    ("slurm", (*ASKED, "--mesh.tensor", "6"), "--mesh.tensor 6: so many ranks share layers, and a node has 4"),
+    ("slurm", (*ASKED, "--out", ""), "--out: .*a directory would work; found ''"),
     ("lsf", (*ASKED, "--resume", "none"), "--resume none: each start of a job has to go on from its own run"),
     ("flux", (*ASKED, "--gpus-per-node", "6"), "--gpus-per-node 6: .*4 ranks.*a multiple of 4 would work"),
     ("slurm", (*ASKED, "--train.epochs", "x"), "--train.epochs: .*found 'x'"),

@@ -68,10 +68,11 @@ def test_the_schedule_is_drawn_on_the_terminal_and_into_files(place, cache):
     assert "<svg" in (place / "drawn" / "schedule.svg").read_text()
 
 
-def test_what_does_not_fit_is_said(place, cache):
-    done = mpitrain(1, "plan", "--ranks", "4", "--mesh.pipe", "3", *FILE, cwd=place, **cache)
-    assert done.returncode == 64
-    assert "3 pipe x 1 tensor = 3, but there are 4 ranks" in done.stderr
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_what_does_not_fit_is_said_before_anything_is_measured(place, cache, ranks):
+    done = mpitrain(ranks, "plan", "--ranks", "4", "--mesh.pipe", "3", cwd=place, **cache)
+    assert done.returncode == 64 and "measure" not in done.stdout
+    assert "error: --mesh.pipe 3: of 4 ranks no such mesh can be made" in done.stderr
 
 
 def test_a_bad_machine_ends_all_ranks_of_plan_and_train(place, cache):
