@@ -99,9 +99,10 @@ def _say_what_next(job: Job, settings: Config, num_ranks: int, code: int, direct
         told += [] if settings.resume == "auto" else ["--resume", "auto"]  # the last one counts
         say("stopped", f"cleanly; to go on: {launcher}python -m mpitrain {shlex.join(told)}")
         return
-    say("next", f"python -m mpitrain evaluate --checkpoint {directory}")
-    say("", f"echo 'Maria Jordan flew to Paris .' | python -m mpitrain predict --checkpoint {directory} -")
-    say("", f"python -m mpitrain export --checkpoint {directory} --out {directory / 'exported'}")
+    run, exported = (shlex.quote(str(path)) for path in (directory, directory / "exported"))
+    say("next", f"python -m mpitrain evaluate --checkpoint {run}")
+    say("", f"echo 'Maria Jordan flew to Paris .' | python -m mpitrain predict --checkpoint {run} -")
+    say("", f"python -m mpitrain export --checkpoint {run} --out {exported}")
 
 
 def _prepare(job: Job, options: argparse.Namespace, settings: Config) -> int:

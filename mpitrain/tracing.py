@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 from typing import Any
 
 from mpitrain.errors import UsageError
@@ -65,9 +66,8 @@ def write(run: Run, trace: Trace) -> None:
     except UsageError as error:
         run.console.warn(str(error))
         return
-    run.console.say(
-        "trace", f"{file}: open it at https://ui.perfetto.dev, or: python -m mpitrain report {run.directory.path}"
-    )
+    report = shlex.join(["python", "-m", "mpitrain", "report", str(run.directory.path)])
+    run.console.say("trace", f"{file}: open it at https://ui.perfetto.dev, or: {report}")
 
 
 def document(everyone: list[list[dict[str, Any]]], run: Run) -> dict[str, Any]:
