@@ -93,7 +93,11 @@ class Slurm:
             (self._place / f"spool-{name}").mkdir()
         (self._place / "state").mkdir(0o700)
         (self._place / "slurm.conf").write_text(text)
-        self.environment = clean_environment(SLURM_CONF=str(self._place / "slurm.conf"), PATH=SYSTEM_PATH)
+        self.environment = clean_environment(
+            SLURM_CONF=str(self._place / "slurm.conf"),
+            PATH=SYSTEM_PATH,
+            MPIR_CVAR_CH4_NETMOD="ofi",  # UCX's addresses are so long that Slurm's PMI-2 now and then cuts one
+        )
         # There is no word for no cgroups before 24.05; the plug-in for version 1 is idle, since no other asks for it.
         year, month = map(int, re.findall(r"\d+", self.ask("slurmd", "-V"))[:2])
         plugin = "disabled" if (year, month) >= (24, 5) else "cgroup/v1"
