@@ -58,6 +58,7 @@ if [ -n "$local_disk" ]; then
     data=$local_disk/mpitrain-${name%% *}
 fi
 
+# Which exit.json there is: that of the start before stays until this one has begun.
 left() { [ ! -f "$run/exit.json" ] || stat -c '%i %z' "$run/exit.json"; }
 before=$(left)
 

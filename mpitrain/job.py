@@ -130,9 +130,8 @@ def _require_mesh(settings: Config, num_nodes: int, per_node: int) -> None:
     asked, num_ranks = settings.mesh.asked, num_nodes * per_node
     product = math.prod(asked.values())
     if num_ranks % product or ({"data", "pipe"} <= asked.keys() and num_ranks != product):  # then tensor is 1
-        flags = " ".join(f"--mesh.{axis} {size}" for axis, size in asked.items())
         raise UsageError(
-            f"{flags}: the job has {num_ranks} ranks, of which no such mesh can be made; plan --ranks "
+            f"{settings.mesh.flags}: the job has {num_ranks} ranks, of which no such mesh can be made; plan --ranks "
             f"{num_ranks} lists those that can"
         )
     if per_node % asked.get("tensor", 1) and not settings.mesh.tensor_across_nodes:

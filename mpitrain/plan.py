@@ -81,10 +81,9 @@ def plan(
 
 def _require_mesh(config: Config, num_ranks: int) -> None:
     """Refuse before anything is measured what no model and no machine could do."""
-    asked = config.mesh.asked
-    if num_ranks % math.prod(asked.values()):
-        flags = " ".join(f"--mesh.{axis} {size}" for axis, size in asked.items())
-        raise on_all_ranks(UsageError(f"{flags}: of {num_ranks} ranks no such mesh can be made; leave an axis out"))
+    if num_ranks % math.prod(config.mesh.asked.values()):
+        told = f"{config.mesh.flags}: of {num_ranks} ranks no such mesh can be made; leave an axis out"
+        raise on_all_ranks(UsageError(told))
 
 
 def _keep(machine: Machine, config: Config, num_ranks: int, console: Console) -> None:

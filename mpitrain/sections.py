@@ -82,6 +82,11 @@ class Mesh(Section):
         """Ranks along the axes that are given."""
         return {axis: size for axis in ("data", "pipe", "tensor") if (size := getattr(self, axis)) is not None}
 
+    @property
+    def flags(self) -> str:
+        """The same as they are written on a command line."""
+        return " ".join(f"--mesh.{axis} {size}" for axis, size in self.asked.items())
+
 
 class Pipeline(Section):
     """How a replica's stages work together."""

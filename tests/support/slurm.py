@@ -150,12 +150,12 @@ class Slurm:
 
 def _free_ports(count: int) -> list[int]:
     """Of those that no outgoing connection is given: it would be there before the daemon."""
-    free: list[int] = []
+    free: set[int] = set()
     while len(free) < count:
         port = random.randrange(10000, 32768)
         with suppress(OSError), socket.create_server(("", port)):
-            free += [] if port in free else [port]
-    return free
+            free.add(port)
+    return sorted(free)
 
 
 def _wait_for(condition: Callable[[], bool], otherwise: str, log: Callable[[], str]) -> None:
